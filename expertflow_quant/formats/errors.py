@@ -1,0 +1,5 @@
+"""The one family of errors that callers of the library may want to catch."""
+
+
+class ExpertFlowError(ValueError):
+    """Bad input, a damaged checkpoint or a budget that cannot hold: the message names value, rule and remedy."""

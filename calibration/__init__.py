@@ -1,0 +1,1 @@
+"""What looks at data to decide: recipes of the shipped models, plans."""

@@ -1,0 +1,197 @@
+"""Make the virtual environment of this checkout and install what it needs; run by the Makefile.
+
+    python .ci/install.py .venv [REQUIREMENT ...]        e.g.  .venv transformers==5.17.0
+
+Runs on the standard library alone. An environment that is already there is brought up to date, not made anew.
+On Linux, torch's default wheel on the public index brings gigabytes of CUDA packages. So where there is no
+NVIDIA GPU, every suitable interpreter is asked whether its pip can see a CPU build of torch (a version ending
+in "+cpu", from any index or folder that pip is configured to search), and the first that can is taken.
+torchvision has no CPU build on the public index, and its CUDA build breaks beside a CPU torch. Beside a CUDA
+torch it is installed; beside a CPU torch it goes into a side folder (torchvision-side) that only one test uses.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON = (3, 11)
+INTERPRETERS = ("python3.12", "python3.11", "python3", "python3.14", "python3.13", "python")
+CPU_SUFFIX = "+cpu"
+SIDE_FOLDER = "torchvision-side"
+
+
+def main(venv: Path, extra: list[str]) -> None:
+    started = time.monotonic()
+    gpu = has_nvidia_gpu()
+    cpu_build_needed = not gpu and platform.system() == "Linux"
+    torch = prepare_venv(venv, cpu_build_needed, extra)
+    if cpu_build_needed and torch is None and not pins_torch(extra):
+        say(
+            "no NVIDIA GPU here, and pip sees no CPU build of torch: taking the default build, which may bring "
+            "gigabytes of CUDA packages. To avoid them, name an index of CPU builds: PIP_EXTRA_INDEX_URL=... make"
+        )
+    wanted = ["-e", f"{ROOT}[test]", *([f"torch=={torch}"] if torch else []), *extra]
+    if gpu or (cpu_build_needed and torch is None):
+        wanted.append("torchvision")
+    say("installing: " + " ".join(wanted).replace(str(ROOT), "."))
+    pip_install(venv, wanted)
+    if not has_module(venv, "torchvision"):
+        install_torchvision_aside(venv)
+    check(venv)
+    say(f"{venv} is ready: {folder_gib(venv):.1f} GiB, {time.monotonic() - started:.0f} s")
+
+
+def say(text: str) -> None:
+    print(f"[install] {text}", flush=True)
+
+
+def has_nvidia_gpu() -> bool:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    answer = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return answer.returncode == 0 and "GPU" in answer.stdout
+
+
+def pins_torch(extra: list[str]) -> bool:
+    return any(re.match(r"torch\s*[=<>!~@]", item) for item in extra)
+
+
+def prepare_venv(venv: Path, cpu_build_needed: bool, extra: list[str]) -> str | None:
+    """Leave a working environment at `venv`; return the CPU build of torch to install, if one is wanted and seen."""
+    look = cpu_build_needed and not pins_torch(extra)
+    if works(venv):
+        return newest_cpu_torch(venv) if look else None
+    candidates = interpreters()
+    if not candidates:
+        sys.exit("[install] no Python 3.11 or newer found: install one, or name it: make PYTHON=/path/to/python")
+    for python in candidates if look else []:
+        make_venv(python, venv)
+        torch = newest_cpu_torch(venv)
+        if torch is not None:
+            say(f"using {python}; its pip sees a CPU build of torch, {torch}")
+            return torch
+    make_venv(candidates[0], venv)
+    say(f"using {candidates[0]}")
+    return None
+
+
+def interpreters() -> list[str]:
+    """Suitable interpreters, the preferred one first, each once. PYTHON, where set, is the only one."""
+    named = os.environ.get("PYTHON")
+    found: dict[str, str] = {}
+    for name in [named] if named else INTERPRETERS:
+        path = shutil.which(name)
+        version = python_version(path) if path else None
+        if path and version and version >= OLDEST_PYTHON:
+            found.setdefault(".".join(map(str, version)), path)
+    return list(found.values())
+
+
+def python_version(path: str) -> tuple[int, ...] | None:
+    """Major and minor version, or None when it does not run (a version manager's empty shim) or makes no venv."""
+    code = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
+    answer = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)
+    return tuple(map(int, answer.stdout.split())) if answer.returncode == 0 else None
+
+
+def make_venv(python: str, venv: Path) -> None:
+    # VIRTUAL_ENV and friends would not matter here; a half-made folder would
+    subprocess.run([python, "-m", "venv", "--clear", str(venv)], check=True)
+
+
+def interpreter(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def works(venv: Path) -> bool:
+    python = interpreter(venv)
+    if not python.exists() or (python_version(str(python)) or (0,)) < OLDEST_PYTHON:
+        return False
+    return subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+
+
+def newest_cpu_torch(venv: Path) -> str | None:
+    """The newest "+cpu" version of torch that this environment's pip can see and setup.cfg allows, if any."""
+    command = [interpreter(venv), "-m", "pip", "index", "versions", "torch"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    listed = re.search(r"Available versions: (.*)", answer.stdout)
+    versions = [text.strip() for text in listed[1].split(",")] if listed else []
+    usable = [text for text in versions if text.endswith(CPU_SUFFIX) and release(text) >= oldest_torch()]
+    return max(usable, key=release, default=None)
+
+
+def oldest_torch() -> tuple[int, ...]:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    bound = re.search(r"^torch>=([\d.]+)", config["options"]["install_requires"], re.MULTILINE)
+    if bound is None:
+        sys.exit("[install] setup.cfg names no lower bound of torch: write it as torch>=X.Y")
+    return release(bound[1])
+
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
+
+
+def pip_install(venv: Path, arguments: list[str]) -> None:
+    """pip install; once more when it fails, since a failed download is the usual reason."""
+    command = [str(interpreter(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    for attempt in ("first", "second"):
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+        if code == 0:
+            return
+        say(f"pip ended with {code} at the {attempt} try")
+    sys.exit(f"[install] could not install: {' '.join(arguments)}. See pip's message above")
+
+
+def has_module(venv: Path, name: str) -> bool:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    return subprocess.run([interpreter(venv), "-c", code], check=False).returncode == 0
+
+
+def installed_version(venv: Path, name: str) -> str:
+    code = f"import importlib.metadata as m; print(m.version({name!r}))"
+    return subprocess.run([interpreter(venv), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def install_torchvision_aside(venv: Path) -> None:
+    """The torchvision that goes with the installed CPU torch, by itself in a folder that is not on the path."""
+    major, minor, *_ = release(installed_version(venv, "torch"))
+    if major != 2:
+        say(f"torch {major}.{minor} has no known torchvision: the test with the plain processor will be skipped")
+        return
+    target = venv / SIDE_FOLDER
+    shutil.rmtree(target, ignore_errors=True)
+    # torchvision 0.N+15 goes with torch 2.N
+    pip_install(venv, ["--no-deps", "--target", str(target), f"torchvision==0.{minor + 15}.*"])
+
+
+def check(venv: Path) -> None:
+    """Fail now rather than later: dependencies agree, and the two large ones import."""
+    subprocess.run([interpreter(venv), "-m", "pip", "check"], check=True)
+    code = (
+        "import torch, transformers, sys; "
+        "print('[install] python', sys.version.split()[0], '| torch', torch.__version__, "
+        "'| transformers', transformers.__version__, '| CUDA usable:', torch.cuda.is_available())"
+    )
+    subprocess.run([interpreter(venv), "-c", code], check=True)
+
+
+def folder_gib(folder: Path) -> float:
+    return sum(path.lstat().st_size for path in folder.rglob("*")) / 2**30
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python .ci/install.py VENV [REQUIREMENT ...]")
+    main(Path(sys.argv[1]).absolute(), sys.argv[2:])

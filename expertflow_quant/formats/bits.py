@@ -1,7 +1,7 @@
 """Codes of 2, 3, 4 or 8 bits as a contiguous bit stream per row, least significant bit first, no slack.
 
-Code ``i`` of a row lies in bits ``[i * bits, (i + 1) * bits)`` of the row, bit ``n`` being bit ``n % 8`` of byte
-``n // 8``. Eight codes always fill ``bits`` whole bytes, and that is the unit of the 3-bit paths below.
+Code ``i`` of a row lies in bits ``[i * bits, (i + 1) * bits)`` of the row, bit ``n`` being bit ``n % 8`` of
+byte ``n // 8``. Eight codes always fill ``bits`` whole bytes: the unit of the 3-bit paths below.
 """
 
 import torch
@@ -20,12 +20,14 @@ def packed_bytes(in_features: int, bits: int) -> int:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes ``[O, I]``, each below ``2 ** bits``, to uint8 ``[O, I * bits / 8]`` on the same device.
 
-    Raises ExpertFlowError for another dtype or rank, for I not a multiple of 8 and for a code that needs more bits.
+    Raises ExpertFlowError for another dtype or rank, I not a multiple of 8, or a code that needs more bits.
     """
     _check_bytes(codes, "codes")
     _check_row(codes.shape[1], bits)
     if bits < 8 and codes.numel() and int(codes.max()) >> bits:
-        raise ExpertFlowError(f"code {int(codes.max())} does not fit {bits} bits: the largest is {(1 << bits) - 1}")
+        raise ExpertFlowError(
+            f"code {int(codes.max())} does not fit {bits} bits: the largest is {(1 << bits) - 1}"
+        )
     if bits == 8:
         return codes.contiguous().clone()
     if bits == 3:
@@ -38,7 +40,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(packed: Tensor, bits: int, in_features: int) -> Tensor:
-    """uint8 ``[O, I * bits / 8]`` back to uint8 codes ``[O, I]`` on the same device (8 bits: the same memory).
+    """uint8 ``[O, I * bits / 8]`` to uint8 codes ``[O, I]`` on the same device (8 bits: the same memory).
 
     Raises ExpertFlowError when the rows do not hold exactly ``in_features`` codes.
     """
@@ -84,11 +86,15 @@ def _unpack_three(packed: Tensor, in_features: int) -> Tensor:
 
 def _check_bytes(tensor: Tensor, what: str) -> None:
     if tensor.dtype != torch.uint8 or tensor.ndim != 2:
-        raise ExpertFlowError(f"{what} must be a uint8 matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}")
+        raise ExpertFlowError(
+            f"{what} must be a uint8 matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
 
 
 def _check_row(in_features: int, bits: int) -> None:
     if bits not in INT_BITS:
         raise ExpertFlowError(f"{bits!r} bits are not known: use one of {', '.join(map(str, INT_BITS))}")
     if in_features <= 0 or in_features % CODE_MULTIPLE:
-        raise ExpertFlowError(f"a row of {in_features} codes must be a positive multiple of {CODE_MULTIPLE}: pad it")
+        raise ExpertFlowError(
+            f"a row of {in_features} codes must be a positive multiple of {CODE_MULTIPLE}: pad it"
+        )

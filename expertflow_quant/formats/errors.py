@@ -2,4 +2,4 @@
 
 
 class ExpertFlowError(ValueError):
-    """Bad input, a damaged checkpoint or a budget that cannot hold: the message names value, rule and remedy."""
+    """Bad input, a damaged checkpoint, a budget too small: the message names value, rule and remedy."""

@@ -1,7 +1,8 @@
 """One expert's bytes: which field lies where in its record, how to write one and how to look into one.
 
-The same bytes lie on disk, in host memory and in a device slot, so everything here is offsets and views; nothing
-is ever repacked. Fields follow each other in a fixed order, each on a 16-byte boundary, the end padded to 256.
+The same bytes lie on disk, in host memory and in a device slot, so everything here is offsets and views and
+nothing is ever repacked. Fields follow each other in a fixed order, each on a 16-byte boundary; the end is
+padded to a multiple of 256.
 """
 
 import math
@@ -24,8 +25,8 @@ WEIGHT_DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Sizes of one expert: gate_up is ``[2 * intermediate, hidden]`` (``[intermediate, hidden]`` without a gate),
-    down is ``[hidden, intermediate]``; both are kept ``[out, in]``. Raises ExpertFlowError for a size below one."""
+    """Sizes of one expert: gate_up is ``[2 * intermediate, hidden]`` (``[intermediate, hidden]`` without a
+    gate), down is ``[hidden, intermediate]``, both ``[out, in]``. Raises ExpertFlowError for a size below one."""
 
     hidden: int
     intermediate: int
@@ -80,7 +81,9 @@ class RecordLayout:
             except ExpertFlowError as error:
                 raise ExpertFlowError(f"{name} of {self.shape}: {error}") from None
         if self.input_scale and not self.format.is_int:
-            raise ExpertFlowError(f"{self.format.name} weights carry no input scale: set input_scale=False or use int8")
+            raise ExpertFlowError(
+                f"{self.format.name} weights carry no input scale: set input_scale=False or use int8"
+            )
 
     @cached_property
     def fields(self) -> dict[str, Field]:
@@ -110,8 +113,8 @@ class RecordLayout:
             tensor, field = tensors[name], self.fields[name]
             if tuple(tensor.shape) != field.shape or tensor.dtype != field.dtype:
                 raise ExpertFlowError(
-                    f"field {name} is {tensor.dtype} {tuple(tensor.shape)}, the record of {self.format.name} holds "
-                    f"{field.dtype} {field.shape}: convert it before packing"
+                    f"field {name} is {tensor.dtype} {tuple(tensor.shape)}, a record of {self.format.name} "
+                    f"holds {field.dtype} {field.shape}: convert it before packing"
                 )
             view.copy_(tensor)
         return record
@@ -119,7 +122,7 @@ class RecordLayout:
     def views(self, record: Tensor) -> dict[str, Tensor]:
         """The fields of ``record`` (uint8 ``[nbytes]``, any device) as tensors over the same memory.
 
-        Raises ExpertFlowError for another dtype, length or stride, or a slice that starts off a 16-byte boundary.
+        Raises ExpertFlowError for another dtype, length or stride, or a start off a 16-byte boundary.
         """
         self._check_record(record)
         typed: dict[torch.dtype, Tensor] = {}
@@ -173,8 +176,8 @@ class RecordLayout:
             )
         if record.storage_offset() % FIELD_ALIGNMENT:
             raise ExpertFlowError(
-                f"the record starts at byte {record.storage_offset()} of its buffer: it must start at a multiple of "
-                f"{FIELD_ALIGNMENT}, so place records {RECORD_ALIGNMENT} bytes apart"
+                f"the record starts at byte {record.storage_offset()} of its buffer: it must start at a "
+                f"multiple of {FIELD_ALIGNMENT}, so place records {RECORD_ALIGNMENT} bytes apart"
             )
 
 

@@ -7,7 +7,9 @@ from expertflow_quant.formats.errors import ExpertFlowError
 
 INT_BITS = (2, 3, 4, 8)
 CODE_MULTIPLE = 8  # eight codes of any width fill whole bytes, so a row of codes never ends inside a byte
-KNOWN_NAMES = "bf16, or int2|int3|int4|int8 with -g<group size> or -channel, then -asym if wanted (e.g. int4-g32)"
+KNOWN_NAMES = (
+    "bf16, or int2|int3|int4|int8 with -g<group size> or -channel, then -asym if wanted (e.g. int4-g32)"
+)
 
 _NAME = re.compile(r"int([1-9][0-9]*)-(?:g([1-9][0-9]*)|(channel))(-asym)?")
 
@@ -16,8 +18,8 @@ _NAME = re.compile(r"int([1-9][0-9]*)-(?:g([1-9][0-9]*)|(channel))(-asym)?")
 class Format:
     """A coding of one weight matrix ``[out, in]``; ``W = (code - zero) * scale`` for the integer kinds.
 
-    ``group_size`` counts the input columns that share a scale, 0 means the whole row (channel). Symmetric formats
-    store no zeros: their zero is ``2 ** (bits - 1)``. bf16 has bits 16, group size 0 and counts as symmetric.
+    ``group_size`` counts the input columns that share a scale, 0 means the whole row (channel). Symmetric
+    formats store no zeros: theirs is ``2 ** (bits - 1)``. bf16 has 16 bits and no groups.
     Raises ExpertFlowError for a combination that does not exist.
     """
 
@@ -29,15 +31,19 @@ class Format:
     def __post_init__(self) -> None:
         if self.kind == "bf16":
             if (self.bits, self.group_size, self.symmetric) != (16, 0, True):
-                raise ExpertFlowError(f"format {self!r}: bf16 has 16 bits and no groups: use BF16 or Format.parse('bf16')")
+                raise ExpertFlowError(
+                    f"format {self!r}: bf16 has 16 bits and no groups: use BF16 or Format.parse('bf16')"
+                )
             return
         if self.kind != "int":
             raise ExpertFlowError(f"format kind {self.kind!r} is not known: use 'int' or 'bf16'")
         if type(self.bits) is not int or self.bits not in INT_BITS:
-            raise ExpertFlowError(f"{self.bits!r} bits are not known: use one of {', '.join(map(str, INT_BITS))}")
+            raise ExpertFlowError(
+                f"{self.bits!r} bits are not known: use one of {', '.join(map(str, INT_BITS))}"
+            )
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 0:
             raise ExpertFlowError(
-                f"group size {self.group_size!r} must be a whole number of columns, or 0 for one group per row"
+                f"group size {self.group_size!r} must be a whole number of columns, or 0 for whole rows"
             )
 
     @property
@@ -50,7 +56,7 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> "Format":
-        """The format that ``text`` names. Raises ExpertFlowError, listing what is known, for any other text."""
+        """The format that ``text`` names. Raises ExpertFlowError, listing what is known, for other text."""
         if text == "bf16":
             return cls("bf16", 16)
         match = _NAME.fullmatch(text)
@@ -82,12 +88,14 @@ class Format:
     def validate_for(self, in_features: int) -> None:
         """Raises ExpertFlowError unless rows of ``in_features`` columns can be coded this way."""
         if in_features <= 0:
-            raise ExpertFlowError(f"a matrix with {in_features} input columns cannot be coded: it needs at least one")
+            raise ExpertFlowError(
+                f"a matrix with {in_features} input columns cannot be coded: it needs at least one"
+            )
         if not self.is_int:
             return
         if in_features % CODE_MULTIPLE:
             raise ExpertFlowError(
-                f"{self.name} needs input columns in multiples of {CODE_MULTIPLE}, got {in_features}: use bf16"
+                f"{self.name} needs columns in multiples of {CODE_MULTIPLE}, got {in_features}: use bf16"
             )
         if self.group_size and in_features % self.group_size:
             raise ExpertFlowError(

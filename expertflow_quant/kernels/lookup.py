@@ -1,8 +1,8 @@
 """Packed codes to float32 through a table: one gather per byte instead of shifts and masks per code.
 
-Decoding runs for every routed expert of every step. A byte holds 4 or 2 codes of 2 or 4 bits, and 12 bits hold
-4 codes of 3 bits, so a table row is the 16 or 8 bytes of their float32 values; gathered as one complex128 or
-float64 element it costs a single load and store. On the CPU this is 2 to 4 times quicker than shifting.
+Decoding runs for every routed expert of every step. A byte holds 4 or 2 codes of 2 or 4 bits, and 12 bits
+hold 4 codes of 3 bits, so a table row is the 16 or 8 bytes of their float32 values; gathered as one
+complex128 or float64 element it costs a single load and store. On the CPU this is 2 to 4 times quicker than shifting.
 """
 
 from functools import lru_cache
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 _UNIT_BITS = {2: 8, 3: 12, 4: 8}  # bits that index the table: a whole number of codes of that width
-_WIDE = {2: torch.float64, 4: torch.complex128}  # float32 values per table row to one element of the same bytes
+_WIDE = {
+    2: torch.float64,
+    4: torch.complex128,
+}  # float32 values per table row to one element of the same bytes
 
 
 def decode(packed: Tensor, bits: int, in_features: int, zero: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The plain PyTorch twins: what every faster kernel must equal. Any device.
 
-Weights are decoded in float32 and rounded once to the dtype asked for: ``W = (code - zero) * scale``. An input
-scale multiplies the activation, not the weights: ``y = W @ (x * input_scale)``.
+Weights are decoded in float32 and rounded once to the dtype asked for: ``W = (code - zero) * scale``. An
+input scale multiplies the activation, not the weights: ``y = W @ (x * input_scale)``.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ from expertflow_quant.kernels.lookup import decode
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One expert ready to multiply: gate_up ``[2I or I, H]``, down ``[H, I]``, biases ``[2I or I]`` and ``[H]`` in
-    the compute dtype, input_scale float32 ``[H]``; None for what the record does not hold."""
+    """One expert ready to multiply: gate_up ``[2I or I, H]``, down ``[H, I]``, biases ``[2I or I]`` and
+    ``[H]`` in the compute dtype, input_scale float32 ``[H]``; None for what the record does not hold."""
 
     gate_up: Tensor
     down: Tensor
@@ -45,8 +45,8 @@ def expert_weights(views: Mapping[str, Tensor], layout: RecordLayout, dtype: tor
 def expert_product(hidden: Tensor, weights: ExpertWeights, gate: Callable[[Tensor], Tensor]) -> Tensor:
     """One expert applied to ``hidden [n, H]`` (the weights' dtype) -> ``[n, H]``.
 
-    ``gate`` maps ``[n, 2I]`` to ``[n, I]`` (the module's own ``_apply_gate``), or is the activation when there is no
-    gate. Raises ExpertFlowError when hidden and weights differ in dtype.
+    ``gate`` maps ``[n, 2I]`` to ``[n, I]`` (the module's own ``_apply_gate``), or is the activation when
+    there is no gate. Raises ExpertFlowError when hidden and weights differ in dtype.
     """
     if hidden.dtype != weights.gate_up.dtype:
         raise ExpertFlowError(
@@ -64,7 +64,9 @@ def _matrix(
 ) -> Tensor:
     if not format.is_int:
         return views[f"{name}.weight"].to(dtype)
-    return dequantize(views[f"{name}.codes"], views[f"{name}.scales"], views.get(f"{name}.zeros"), format, dtype)
+    return dequantize(
+        views[f"{name}.codes"], views[f"{name}.scales"], views.get(f"{name}.zeros"), format, dtype
+    )
 
 
 def dequantize(

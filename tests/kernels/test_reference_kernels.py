@@ -9,7 +9,16 @@ from expertflow_quant.formats import ExpertFlowError, ExpertShape, Format, Recor
 from expertflow_quant.kernels import dequantize, expert_product, expert_weights
 
 SHAPE = ExpertShape(hidden=32, intermediate=24, has_bias=True)
-NAMES = ["int2-g8", "int3-g8", "int4-g8", "int8-g8", "int2-g8-asym", "int3-g8-asym", "int4-channel-asym", "int8-channel"]
+NAMES = [
+    "int2-g8",
+    "int3-g8",
+    "int4-g8",
+    "int8-g8",
+    "int2-g8-asym",
+    "int3-g8-asym",
+    "int4-channel-asym",
+    "int8-channel",
+]
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:
@@ -74,7 +83,8 @@ def test_product_scales_the_activation_and_adds_biases(name: str) -> None:
     weights = expert_weights(layout.views(layout.pack(fields)), layout, torch.float32)
     hidden = torch.randn(5, SHAPE.hidden, generator=torch.Generator().manual_seed(1))
     inner = silu_gate(
-        (hidden * fields["gate_up.input_scale"].float()) @ expected["gate_up"].T + fields["gate_up.bias"].float()
+        (hidden * fields["gate_up.input_scale"].float()) @ expected["gate_up"].T
+        + fields["gate_up.bias"].float()
     )
     want = inner @ expected["down"].T + fields["down.bias"].float()
     torch.testing.assert_close(expert_product(hidden, weights, silu_gate), want, rtol=1e-5, atol=1e-3)
@@ -111,5 +121,5 @@ def test_all_codes_of_every_width_decode() -> None:
 def test_another_hidden_dtype_is_refused() -> None:
     layout = RecordLayout(SHAPE, Format.parse("int4-g8"))
     weights = expert_weights(layout.views(layout.pack(random_parts(layout)[0])), layout, torch.float32)
-    with pytest.raises(ExpertFlowError, match="bfloat16.*float32"):
+    with pytest.raises(ExpertFlowError, match=r"bfloat16.*float32"):
         expert_product(torch.zeros(1, SHAPE.hidden, dtype=torch.bfloat16), weights, silu_gate)

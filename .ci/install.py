@@ -6,8 +6,8 @@ Runs on the standard library alone. An environment that is already there is brou
 On Linux, torch's default wheel on the public index brings gigabytes of CUDA packages. So where there is no
 NVIDIA GPU, every suitable interpreter is asked whether its pip can see a CPU build of torch (a version ending
 in "+cpu", from any index or folder that pip is configured to search), and the first that can is taken.
-torchvision has no CPU build on the public index, and its CUDA build breaks beside a CPU torch. Beside a CUDA
-torch it is installed; beside a CPU torch it goes into a side folder (torchvision-side) that only one test uses.
+torchvision's Linux wheels on the public index are CUDA builds, which break beside a CPU torch. There it goes
+into a side folder (torchvision-side) that one test uses; beside any other torch it is installed as usual.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
@@ -36,22 +37,23 @@ def main(venv: Path, extra: list[str]) -> None:
     torch = prepare_venv(venv, cpu_build_needed, extra)
     if cpu_build_needed and torch is None and not pins_torch(extra):
         say(
-            "no NVIDIA GPU here, and pip sees no CPU build of torch: taking the default build, which may bring "
-            "gigabytes of CUDA packages. To avoid them, name an index of CPU builds: PIP_EXTRA_INDEX_URL=... make"
+            "no NVIDIA GPU here, and pip sees no CPU build of torch: taking the default, which may bring "
+            "gigabytes of CUDA packages. To avoid them, name an index of CPU builds in PIP_EXTRA_INDEX_URL"
         )
     wanted = ["-e", f"{ROOT}[test]", *([f"torch=={torch}"] if torch else []), *extra]
-    if gpu or (cpu_build_needed and torch is None):
-        wanted.append("torchvision")
-    say("installing: " + " ".join(wanted).replace(str(ROOT), "."))
+    say("installing " + " ".join(wanted).replace(str(ROOT), ".") + " (this takes some minutes)")
     pip_install(venv, wanted)
-    if not has_module(venv, "torchvision"):
-        install_torchvision_aside(venv)
+    install_torchvision(venv)
     check(venv)
     say(f"{venv} is ready: {folder_gib(venv):.1f} GiB, {time.monotonic() - started:.0f} s")
 
 
 def say(text: str) -> None:
     print(f"[install] {text}", flush=True)
+
+
+def stop(text: str) -> NoReturn:
+    sys.exit(f"[install] {text}")
 
 
 def has_nvidia_gpu() -> bool:
@@ -67,13 +69,13 @@ def pins_torch(extra: list[str]) -> bool:
 
 
 def prepare_venv(venv: Path, cpu_build_needed: bool, extra: list[str]) -> str | None:
-    """Leave a working environment at `venv`; return the CPU build of torch to install, if one is wanted and seen."""
+    """Leave a working environment at `venv`; return the CPU build of torch to install, if wanted and seen."""
     look = cpu_build_needed and not pins_torch(extra)
     if works(venv):
         return newest_cpu_torch(venv) if look else None
     candidates = interpreters()
     if not candidates:
-        sys.exit("[install] no Python 3.11 or newer found: install one, or name it: make PYTHON=/path/to/python")
+        stop("no Python 3.11+ that makes environments: install one, or name it: PYTHON=... make")
     for python in candidates if look else []:
         make_venv(python, venv)
         torch = newest_cpu_torch(venv)
@@ -98,26 +100,32 @@ def interpreters() -> list[str]:
 
 
 def python_version(path: str) -> tuple[int, ...] | None:
-    """Major and minor version, or None when it does not run (a version manager's empty shim) or makes no venv."""
+    """Major and minor version; None when it does not run (a version manager's shim) or makes no venv."""
     code = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
     answer = subprocess.run([path, "-c", code], capture_output=True, text=True, check=False)
     return tuple(map(int, answer.stdout.split())) if answer.returncode == 0 else None
 
 
 def make_venv(python: str, venv: Path) -> None:
-    # VIRTUAL_ENV and friends would not matter here; a half-made folder would
     subprocess.run([python, "-m", "venv", "--clear", str(venv)], check=True)
 
 
-def interpreter(venv: Path) -> Path:
-    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def interpreter(venv: Path) -> str:
+    return str(venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
 def works(venv: Path) -> bool:
     python = interpreter(venv)
-    if not python.exists() or (python_version(str(python)) or (0,)) < OLDEST_PYTHON:
+    if not Path(python).exists() or (python_version(python) or (0,)) < OLDEST_PYTHON:
         return False
-    return subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+    pip = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False)
+    return pip.returncode == 0
+
+
+def ask(venv: Path, code: str) -> str:
+    """What the environment's interpreter prints for `code`."""
+    answer = subprocess.run([interpreter(venv), "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return answer.stdout.strip()
 
 
 def newest_cpu_torch(venv: Path) -> str | None:
@@ -135,7 +143,7 @@ def oldest_torch() -> tuple[int, ...]:
     config.read(ROOT / "setup.cfg")
     bound = re.search(r"^torch>=([\d.]+)", config["options"]["install_requires"], re.MULTILINE)
     if bound is None:
-        sys.exit("[install] setup.cfg names no lower bound of torch: write it as torch>=X.Y")
+        stop("setup.cfg names no lower bound of torch: write it as torch>=X.Y")
     return release(bound[1])
 
 
@@ -145,46 +153,37 @@ def release(version: str) -> tuple[int, ...]:
 
 def pip_install(venv: Path, arguments: list[str]) -> None:
     """pip install; once more when it fails, since a failed download is the usual reason."""
-    command = [str(interpreter(venv)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    options = ["-qq", "--disable-pip-version-check"]
+    command = [interpreter(venv), "-m", "pip", "install", *options, *arguments]
     for attempt in ("first", "second"):
         code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
         if code == 0:
             return
         say(f"pip ended with {code} at the {attempt} try")
-    sys.exit(f"[install] could not install: {' '.join(arguments)}. See pip's message above")
+    stop(f"could not install: {' '.join(arguments)}. See pip's message above")
 
 
-def has_module(venv: Path, name: str) -> bool:
-    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
-    return subprocess.run([interpreter(venv), "-c", code], check=False).returncode == 0
-
-
-def installed_version(venv: Path, name: str) -> str:
-    code = f"import importlib.metadata as m; print(m.version({name!r}))"
-    return subprocess.run([interpreter(venv), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def install_torchvision_aside(venv: Path) -> None:
-    """The torchvision that goes with the installed CPU torch, by itself in a folder that is not on the path."""
-    major, minor, *_ = release(installed_version(venv, "torch"))
+def install_torchvision(venv: Path) -> None:
+    """The torchvision that goes with the installed torch: torchvision 0.N+15 with torch 2.N."""
+    version, cuda = ask(venv, "import torch; print(torch.__version__, torch.version.cuda)").split()
+    major, minor, *_ = release(version)
+    wanted = f"torchvision==0.{minor + 15}.*"
     if major != 2:
-        say(f"torch {major}.{minor} has no known torchvision: the test with the plain processor will be skipped")
-        return
-    target = venv / SIDE_FOLDER
-    shutil.rmtree(target, ignore_errors=True)
-    # torchvision 0.N+15 goes with torch 2.N
-    pip_install(venv, ["--no-deps", "--target", str(target), f"torchvision==0.{minor + 15}.*"])
+        say(f"no torchvision is known for torch {version}: the test that needs it will be skipped")
+    elif cuda == "None" and platform.system() == "Linux":
+        target = venv / SIDE_FOLDER
+        shutil.rmtree(target, ignore_errors=True)
+        pip_install(venv, ["--no-deps", "--target", str(target), wanted])
+    else:
+        pip_install(venv, [wanted])
 
 
 def check(venv: Path) -> None:
     """Fail now rather than later: dependencies agree, and the two large ones import."""
     subprocess.run([interpreter(venv), "-m", "pip", "check"], check=True)
-    code = (
-        "import torch, transformers, sys; "
-        "print('[install] python', sys.version.split()[0], '| torch', torch.__version__, "
-        "'| transformers', transformers.__version__, '| CUDA usable:', torch.cuda.is_available())"
-    )
-    subprocess.run([interpreter(venv), "-c", code], check=True)
+    code = "import torch, transformers; print(torch.__version__, transformers.__version__)"
+    python, torch, transformers = ask(venv, f"import sys; print(sys.version.split()[0]); {code}").split()
+    say(f"python {python}, torch {torch}, transformers {transformers}")
 
 
 def folder_gib(folder: Path) -> float:

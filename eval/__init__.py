@@ -1,1 +1,1 @@
-"""What judges: tasks, metrics, statistics, the runner and its report. Run from a checkout: ``python -m eval``."""
+"""What judges: tasks, metrics, statistics, the runner and its report (``python -m eval``)."""

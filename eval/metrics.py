@@ -1,8 +1,8 @@
 """Relaxed accuracy (ChartQA) and ANLS (DocVQA), as lmms-eval scores them.
 
-Published scores of one model differ by up to six points between harnesses, mostly because of small differences
-in these functions, so every choice below follows one harness and the choices together carry a version.
-A prediction is stripped before it is scored; a gold answer is taken as it is.
+Published scores of one model differ by up to six points between harnesses, mostly because of small
+differences in these functions, so every choice below follows one harness and the choices together carry a
+version. A prediction is stripped before it is scored; a gold answer is taken as it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,10 @@ ANLS_THRESHOLD = 0.5
 def relaxed_accuracy(prediction: str, answer: str) -> float:
     """1.0 when ``prediction`` is within 5 % of a numeric ``answer`` or equals it as text, else 0.0.
 
-    Relaxed accuracy of ChartQA (Masry et al. 2022) as pix2struct and lmms-eval compute it. "62%" is read as 0.62;
-    separators, currency signs and units make a text of a number. The tolerance is relative to the answer and
-    inclusive, so an answer of zero (and any answer that is no number) is right only as equal text, case ignored.
+    Relaxed accuracy of ChartQA (Masry et al. 2022) as pix2struct and lmms-eval compute it. "62%" is read as
+    0.62; separators, currency signs and units make a text of a number. The tolerance is relative to the
+    answer and inclusive, so an answer of zero (and any answer that is no number) is right only as equal text,
+    case ignored.
     """
     prediction = prediction.strip()
     predicted, wanted = _number(prediction), _number(answer)
@@ -32,9 +33,9 @@ def relaxed_accuracy(prediction: str, answer: str) -> float:
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Normalised Levenshtein similarity to the nearest of ``answers``, in 0..1; below 0.5 it counts as 0.
 
-    ANLS of DocVQA (Biten et al. 2019) as the official script and lmms-eval compute it: case and runs of white space
-    do not count as edits, but the length that divides the edits is that of the texts before white space is
-    collapsed, and a similarity of exactly 0.5 is kept. Without any answer the score is 0.
+    ANLS of DocVQA (Biten et al. 2019) as the official script and lmms-eval compute it: case and runs of white
+    space do not count as edits, but the length that divides the edits is that of the texts before white space
+    is collapsed, and a similarity of exactly 0.5 is kept. Without any answer the score is 0.
     """
     if isinstance(answers, str):
         raise TypeError(
@@ -83,7 +84,7 @@ def _number(text: str) -> float | None:
 
 
 def _similarity(prediction: str, answer: str) -> float:
-    # upper() and not len() of the text itself: the official script measures the upper-cased text ("ß" is two long)
+    # the official script measures upper-cased texts, where "ß" counts two
     length = max(len(prediction.upper()), len(answer.upper()))
     if length == 0:
         return 1.0

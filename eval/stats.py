@@ -1,13 +1,15 @@
 """Paired comparison of two systems on the same items, and a verdict.
 
-Several questions share an image, so their scores rise and fall together: both the standard error and the bootstrap
-treat the image as the unit (Miller 2024, arXiv 2411.00640). "No significant difference" is no evidence of equality,
-so a system passes only if the lower confidence bound of its difference lies above minus the margin.
+Several questions share an image, so their scores rise and fall together: both the standard error and the
+bootstrap treat the image as the unit (Miller 2024, arXiv 2411.00640). "No significant difference" is no
+evidence of equality, so a system passes only if the lower confidence bound of its difference lies above minus
+the margin.
 
-The guard. A resample of the observed images cannot contain a loss that the sample happens to miss, so with few
-differences the plain bootstrap is too sure of itself (with none at all its interval has no width). The lower bound is
-therefore taken with one more image in the sample, lost outright, and the upper bound with one more, won outright. For
-scores of 0 and 1 this comes close to the exact binomial bound: 256 images without any difference give -1.2 points.
+The guard. A resample of the observed images cannot contain a loss that the sample happens to miss, so with
+few differences the plain bootstrap is too sure of itself (with none at all its interval has no width). The
+lower bound is therefore taken with one more image in the sample, of one question, lost; the upper bound with
+one more, won. For scores of 0 and 1 this comes close to the exact binomial bound: 256 questions without any
+difference leave room for a loss of 1.2 points.
 """
 
 import math
@@ -31,7 +33,8 @@ _Z_CONFIDENCE, _Z_POWER = 1.645, 0.842
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of (score - baseline score) over items, with its uncertainty. Scores lie in 0..1, so do differences."""
+    """Mean of (score - baseline score) over items, with its uncertainty. Scores lie in 0..1, so do
+    differences."""
 
     mean: float
     lower: float
@@ -64,7 +67,8 @@ def paired_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> PairedDifference:
-    """Compare two systems item by item; ``images[i]`` names the image of item i. Raises ValueError unless all match."""
+    """Compare two systems item by item; ``images[i]`` names the image of item i. Raises ValueError unless all
+    match."""
     if not len(scores) == len(baseline) == len(images) or not len(scores):
         raise ValueError(
             f"{len(scores)} scores, {len(baseline)} baseline scores and {len(images)} image keys: "
@@ -72,7 +76,8 @@ def paired_difference(
         )
     differences = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     _, cluster = np.unique(np.asarray(images), return_inverse=True)
-    sums, sizes = np.bincount(cluster, weights=differences), np.bincount(cluster).astype(np.float64)
+    sums = np.bincount(cluster, weights=differences).astype(np.float64)
+    sizes = np.bincount(cluster).astype(np.float64)
     mean = float(differences.mean())
     lower, upper = _bounds(sums, sizes, resamples, np.random.default_rng(seed))
     return PairedDifference(
@@ -88,7 +93,8 @@ def paired_difference(
 
 
 def _clustered_error(sums: NDArray[np.float64], sizes: NDArray[np.float64], mean: float) -> float:
-    """Cluster-robust standard error of the mean, sums [K] and sizes [K] per image, with the K / (K - 1) correction."""
+    """Cluster-robust standard error of the mean, sums [K] and sizes [K] per image, with the K / (K - 1)
+    correction."""
     k = len(sums)
     if k < 2:
         return math.inf
@@ -100,15 +106,14 @@ def _bounds(
     sums: NDArray[np.float64], sizes: NDArray[np.float64], resamples: int, rng: np.random.Generator
 ) -> tuple[float, float]:
     """Percentile bounds of the guarded cluster bootstrap; sums [K] and sizes [K] per image."""
-    mean_size = sizes.mean()
-    sizes = np.append(sizes, mean_size)
+    sizes = np.append(sizes, 1.0)
     lows, highs = np.empty(resamples), np.empty(resamples)
     chunk = max(1, 4_000_000 // len(sizes))
     for start in range(0, resamples, chunk):
         rows = slice(start, min(start + chunk, resamples))
         drawn = _draw(len(sizes), rows.stop - rows.start, rng)
         total = drawn @ sizes
-        seen, extra = drawn[:, :-1] @ sums, drawn[:, -1] * mean_size
+        seen, extra = drawn[:, :-1] @ sums, drawn[:, -1]
         lows[rows], highs[rows] = (seen - extra) / total, (seen + extra) / total
     return float(np.quantile(lows, 1 - CONFIDENCE)), float(np.quantile(highs, CONFIDENCE))
 

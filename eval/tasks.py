@@ -1,0 +1,97 @@
+"""What is asked: a task is a name, a metric and items in a fixed order, each with its prompt and answers.
+
+The generated charts and documents are built in. Anything else (ChartQA, DocVQA from files) becomes a ``Task``
+by giving items with the attributes of ``TaskItem``; nothing downstream asks where they came from.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from eval.metrics import ANLS, RELAXED_ACCURACY, Metric
+from expertflow_quant.samples import make_items
+
+GENERATED = {"chart": ("charts", RELAXED_ACCURACY), "document": ("documents", ANLS)}
+
+
+class TaskItem(Protocol):
+    """One question about one image; ``messages`` is the whole conversation that the model is given."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def family(self) -> str: ...
+    @property
+    def image_key(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def answers(self) -> tuple[str, ...]: ...
+    @property
+    def messages(self) -> list[dict[str, Any]]: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items that one metric scores, in the order in which they are asked."""
+
+    name: str
+    title: str
+    metric: Metric
+    items: Sequence[TaskItem]
+    source: str
+
+    def __post_init__(self) -> None:
+        ids = [item.id for item in self.items]
+        if not ids:
+            raise ValueError(f"task {self.name!r} has no items: give at least one")
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"task {self.name!r} has two items of one id: every item needs its own")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-1 of everything that can change a score: ids, images, prompts, answers, token limits."""
+        digest = hashlib.sha1()
+        for item in self.items:
+            texts = [part for message in item.messages for part in _texts(message["content"])]
+            digest.update(repr((item.id, item.image_key, texts, item.answers, item.max_new_tokens)).encode())
+        return digest.hexdigest()
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The settings that go into every result of this task."""
+        return {
+            "name": self.name,
+            "metric": self.metric.name,
+            "source": self.source,
+            "items": len(self.items),
+            "images": len({item.image_key for item in self.items}),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def generated_task(name: str, items: int, seed: int = 0) -> Task:
+    """The first ``items`` held-out questions of the generated "chart" or "document" task."""
+    if name not in GENERATED:
+        raise ValueError(f"task {name!r} is not known: use one of {', '.join(GENERATED)}")
+    title, metric = GENERATED[name]
+    source = f"generated, test split, seed {seed}"
+    return Task(name, title, metric, make_items(name, "test", items, seed=seed), source)
+
+
+def generated_tasks(items: int, seed: int = 0) -> list[Task]:
+    """Both generated tasks, ``items`` questions each."""
+    return [generated_task(name, items, seed) for name in GENERATED]
+
+
+def _texts(content: str | list[dict[str, Any]]) -> list[str]:
+    return (
+        [content]
+        if isinstance(content, str)
+        else [part["text"] for part in content if part["type"] == "text"]
+    )

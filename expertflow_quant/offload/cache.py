@@ -1,0 +1,144 @@
+"""The device side: slots that hold some of the records, filled on demand, exact at any budget.
+
+A record's bytes are the same in the store and in a slot, so a miss is one copy. ``begin`` starts it,
+``finish`` makes the computation wait for it (copies.py). Which expert goes is the table's affair (slots.py),
+never decided here.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from torch import Tensor
+
+from expertflow_quant.offload.copies import make_copies
+from expertflow_quant.offload.policy import LRU, Key, Policy
+from expertflow_quant.offload.slots import ExpertTable, SizeClass, minimum_bytes, plan_slots
+from expertflow_quant.offload.stats import CacheStats, LayerStats
+from expertflow_quant.offload.store import ExpertStore
+
+Place = tuple[int, int]
+"""(size class, slot)."""
+
+
+class ExpertCache:
+    """Slots on ``device`` worth at most ``budget_bytes``, over the records of ``store``.
+
+    ``policy`` makes one policy per size class. Raises BudgetError, before anything is allocated, when the
+    budget is below ``minimum_bytes``. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        budget_bytes: int,
+        device: torch.device | str = "cpu",
+        policy: Callable[[], Policy] = LRU,
+    ) -> None:
+        self.store = store
+        self.device = torch.device(device)
+        self.minimum_bytes = minimum_bytes(store.layers)
+        self._table = ExpertTable(store.layers, plan_slots(store.layers, budget_bytes), policy)
+        self._slots = [list(_buffer(size, self.device).unbind()) for size in self.classes]
+        self._place_of: dict[Key, Place] = {}
+        self._views: dict[tuple[int, int, int], dict[str, Tensor]] = {}
+        self._copies = make_copies(self.device)
+        self.reset_stats()
+
+    @property
+    def classes(self) -> tuple[SizeClass, ...]:
+        return self._table.classes
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that the slots take on the device."""
+        return sum(size.nbytes * size.slots for size in self.classes)
+
+    @property
+    def stats(self) -> CacheStats:
+        layers = tuple(LayerStats(*counts) for counts in zip(self._hits, self._misses, strict=True))
+        return CacheStats(
+            sum(self._hits), sum(self._misses), self._moved, self._copies.stall_seconds(), layers
+        )
+
+    def reset_stats(self) -> None:
+        """Count from zero again; what is resident stays."""
+        self._hits = [0] * len(self.store.layers)
+        self._misses = [0] * len(self.store.layers)
+        self._moved = 0
+        self._copies.reset()
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        return (layer, expert) in self._table
+
+    def pieces(self, layer: int, experts: Iterable[int]) -> list[list[int]]:
+        """``experts`` of one layer in runs that fit the slots, resident ones first (ExpertTable.pieces)."""
+        return self._table.pieces(layer, experts)
+
+    def preload(self) -> None:
+        """Fill the slots with each layer's first experts, uncounted; a full budget then never misses."""
+        layers = self.store.layers
+        free = [size.slots for size in self.classes]
+        for expert in range(max(len(layer.nbytes) for layer in layers)):
+            for layer in (index for index, records in enumerate(layers) if expert < len(records.nbytes)):
+                size_class = self._table.class_of((layer, expert))
+                if free[size_class]:
+                    free[size_class] -= 1
+                    self._load((layer, expert), ())
+                    self.finish(layer, expert)
+        self._copies.reset()
+
+    def begin(self, layer: int, expert: int, in_use: Collection[Key] = ()) -> None:
+        """Ask for an expert: a miss starts its copy; experts in ``in_use`` keep their slots.
+
+        Raises ExpertFlowError when every slot of the expert's size is in use.
+        """
+        if self._load((layer, expert), in_use):
+            self._misses[layer] += 1
+            self._moved += self.store.layers[layer].nbytes[expert]
+        else:
+            self._hits[layer] += 1
+
+    def finish(self, layer: int, expert: int) -> Tensor:
+        """The slot of an expert asked for, uint8 ``[nbytes]``, arrived; valid until it is evicted."""
+        size_class, slot = self._arrived(layer, expert)
+        return self._slots[size_class][slot]
+
+    def finish_views(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """Like ``finish``, as the record's named fields over the slot's memory."""
+        size_class, slot = self._arrived(layer, expert)
+        layout = self.store.layout(layer, expert)
+        views = self._views.get((size_class, slot, id(layout)))
+        if views is None:
+            views = self._views[size_class, slot, id(layout)] = layout.views(self._slots[size_class][slot])
+        return views
+
+    def acquire(self, layer: int, expert: int, in_use: Collection[Key] = ()) -> Tensor:
+        """``begin`` and ``finish`` in one."""
+        self.begin(layer, expert, in_use)
+        return self.finish(layer, expert)
+
+    def _arrived(self, layer: int, expert: int) -> Place:
+        key = (layer, expert)
+        self._copies.finish(key)
+        return self._place_of[key]
+
+    def _load(self, key: Key, in_use: Collection[Key]) -> bool:
+        """Make ``key`` resident or on its way; whether a copy was needed."""
+        placement = self._table.place(key, in_use)
+        if placement.hit:
+            return False
+        if placement.evicted is not None:
+            self._copies.forget(placement.evicted)
+            del self._place_of[placement.evicted]
+        slot = self._slots[placement.size_class][placement.slot]
+        try:
+            self._copies.start(key, slot, self.store.record(*key))
+        except BaseException:
+            self._table.drop(key)
+            raise
+        self._place_of[key] = (placement.size_class, placement.slot)
+        return True
+
+
+def _buffer(size: SizeClass, device: torch.device) -> Tensor:
+    return torch.empty(size.slots, size.nbytes, dtype=torch.uint8, device=device)

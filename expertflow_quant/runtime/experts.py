@@ -1,0 +1,96 @@
+"""The experts function: what transformers calls in place of a model's own loop over its experts.
+
+``fn(module, hidden[T, H], top_k_index[T, k], top_k_weights[T, k]) -> [T, H]``. Tokens are sorted by expert,
+experts are fetched from the cache in pieces that fit its slots (resident ones first, so that the others load
+meanwhile), and every (token, k) row is kept and added up in top-k order at the end: the budget changes when
+an expert runs, never what it multiplies nor the order of a sum, so any budget gives the same bits.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.kernels import expert_product, expert_weights
+from expertflow_quant.offload.cache import ExpertCache
+
+NAME = "expertflow"
+"""Under which transformers knows the function."""
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """What an experts module has instead of weights: the cache, and which MoE layer it is there."""
+
+    cache: ExpertCache
+    layer: int
+
+
+def attach(module: Any, experts: LayerExperts) -> None:
+    """Give ``module`` its experts; from now on ``experts_forward`` can run it."""
+    object.__setattr__(module, NAME, experts)
+
+
+def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The weighted sum of every token's experts, ``[T, H]`` in hidden's dtype, on the cache's device.
+
+    Ids at or above ``module.num_experts`` mark (token, k) pairs that belong to nobody here and add nothing.
+    Raises ExpertFlowError in training mode, on another device, or when no checkpoint is attached.
+    """
+    experts = _attached(module, hidden)
+    with torch.no_grad():
+        rows = _expert_rows(module, experts, hidden, top_k_index)
+        weighted = rows.view(*top_k_index.shape, -1).float() * top_k_weights.float().unsqueeze(-1)
+        return weighted.sum(dim=1).to(hidden.dtype)
+
+
+def fetch(experts: LayerExperts, wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Each wanted expert once, with the fields of its record on the device, valid until the next is asked
+    for.
+
+    The order is the cache's: resident experts first.
+    """
+    cache, layer = experts.cache, experts.layer
+    for piece in cache.pieces(layer, wanted):
+        in_use = {(layer, expert) for expert in piece}
+        for expert in piece:
+            cache.begin(layer, expert, in_use)
+        for expert in piece:
+            yield expert, cache.finish_views(layer, expert)
+
+
+def _attached(module: Any, hidden: Tensor) -> LayerExperts:
+    experts: LayerExperts | None = getattr(module, NAME, None)
+    if experts is None:
+        raise ExpertFlowError(
+            f"{type(module).__name__} has no experts attached: load a checkpoint with expertflow_quant.load, or "
+            "with from_pretrained after `import expertflow_quant`"
+        )
+    if module.training:
+        raise ExpertFlowError("quantized experts are for inference only: call model.eval()")
+    if hidden.device != experts.cache.device:
+        raise ExpertFlowError(
+            f"hidden states are on {hidden.device}, the experts' slots on {experts.cache.device}: "
+            f"load with device_map={str(hidden.device)!r} instead of moving the model"
+        )
+    return experts
+
+
+def _expert_rows(module: Any, experts: LayerExperts, hidden: Tensor, top_k_index: Tensor) -> Tensor:
+    """Every (token, k) pair's expert output, ``[T * k, H]``, zero where the id is no expert of this
+    module."""
+    gate = module._apply_gate if module.has_gate else module.act_fn
+    ids = top_k_index.reshape(-1)
+    order = ids.argsort(stable=True)
+    counts = ids.bincount(minlength=module.num_experts).tolist()
+    inputs = torch.split(hidden.index_select(0, order // top_k_index.shape[1]), counts)
+    outputs = hidden.new_zeros(ids.shape[0], hidden.shape[1])
+    targets = torch.split(outputs, counts)
+    wanted = [expert for expert, count in enumerate(counts[: module.num_experts]) if count]
+    for expert, views in fetch(experts, wanted):
+        weights = expert_weights(views, experts.cache.store.layout(experts.layer, expert), hidden.dtype)
+        targets[expert].copy_(expert_product(inputs[expert], weights, gate))
+    return outputs[order.argsort()]

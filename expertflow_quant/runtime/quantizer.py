@@ -73,8 +73,8 @@ class ExpertFlowQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ExpertFlowConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
             raise ExpertFlowError(
-                "this model is not an expertflow checkpoint: run `expertflow-quant quantize MODEL OUT` and load OUT; "
-                "a quantization_config cannot quantize while loading"
+                "this model is not an expertflow checkpoint: run `expertflow-quant quantize MODEL OUT` and load "
+                "OUT; a quantization_config cannot quantize while loading"
             )
         super().__init__(quantization_config, **kwargs)
 
@@ -95,8 +95,8 @@ class ExpertFlowQuantizer(HfQuantizer):  # type: ignore[misc]
             return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             raise ExpertFlowError(
-                f"device_map {device_map} spreads the model over several devices: its experts share one cache on "
-                "one device; give a single device, and expert_memory to say how much of it experts may take"
+                f"device_map {device_map} spreads the model over several devices: its experts share one cache "
+                "on one device; give a single device, and expert_memory to say what experts may take of it"
             )
         return device_map
 
@@ -151,8 +151,8 @@ def _matching_modules(model: Any, layers: list[LayerEntry]) -> list[Any]:
     if set(names) != set(found):
         odd = sorted(set(names) ^ set(found))
         raise ExpertFlowError(
-            f"the checkpoint's MoE layers are not those of {type(model).__name__} (they differ in {', '.join(odd[:3])}): "
-            "restore config.json or quantize again"
+            f"the checkpoint's MoE layers are not those of {type(model).__name__}, they differ in "
+            f"{', '.join(odd[:3])}: restore config.json or quantize again"
         )
     for name, entry in zip(names, layers, strict=True):
         _check_sizes(name, found[name], entry)
@@ -163,8 +163,8 @@ def _check_sizes(name: str, module: Any, entry: LayerEntry) -> None:
     wanted, made = (expert_shape(module), module.num_experts), (entry.shape, len(entry.experts))
     if wanted != made:
         raise ExpertFlowError(
-            f"{name} has {wanted[1]} experts of {wanted[0]} by config.json, {made[1]} of {made[0]} by the manifest: "
-            "restore config.json or quantize again"
+            f"{name} has {wanted[1]} experts of {wanted[0]} by config.json, {made[1]} of {made[0]} by the "
+            "manifest: restore config.json or quantize again"
         )
 
 

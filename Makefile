@@ -20,13 +20,14 @@ export TOKENIZERS_PARALLELISM ?= false
 # nothing here loads from a hub; a typing error in a path must not become a download
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test lint type floors install clean
+.PHONY: help demo test lint type floors readme install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    quantize, serve and judge the shipped models; ends with one table"
 	@echo "make test    ruff, mypy, import floors and all tests"
 	@echo "make lint | type | floors        one of the checks"
+	@echo "make readme                      bring README.md's table and file map up to date"
 	@echo "make install | clean             make .venv | remove it and every cache"
 
 install: $(STAMP)
@@ -50,6 +51,10 @@ type: $(STAMP)
 
 floors: $(STAMP)
 	@$(BIN)/lint-imports --no-cache
+
+# the parts of README.md that are generated: the demo's table and the file map
+readme: $(STAMP)
+	@$(BIN)/python .ci/readme.py
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

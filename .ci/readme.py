@@ -1,7 +1,7 @@
 """Write the generated parts of README.md: the demo's table, the file map (`make readme`; --check compares).
 
-The table comes from eval/results/demo.json. The map has a line for every folder and every file of code: the first
-line of the module's docstring. A file that cannot be described in one line is two files.
+The table comes from eval/results/demo.json. The map has a line for every folder and every file of code: the
+first line of the module's docstring. A file that cannot be described in one line is two files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Answer questions with nothing but transformers: plain_answers.py MODEL QUESTIONS [--declare-operators]
 
-QUESTIONS is a JSON list of {"image": path, "prompt": text, "max_new_tokens": n}; prints one JSON object. Run as a program of its own by test_shipped_models.py, so that none of this repository's code is loaded.
+QUESTIONS is a JSON list of {"image": path, "prompt": text, "max_new_tokens": n}; prints one JSON object.
+Run as a program of its own by test_shipped_models.py, so that none of this repository's code is loaded.
 """
 
 import json
@@ -9,7 +10,7 @@ import sys
 import torch
 
 if "--declare-operators" in sys.argv:
-    # A CUDA build of torchvision cannot load its operators beside a CPU torch and refuses to import without them.
+    # A CUDA build of torchvision cannot load its operators beside a CPU torch and won't import without them.
     # The processor needs only its image transforms, which are Python.
     operators = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):

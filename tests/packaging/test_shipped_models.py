@@ -28,7 +28,9 @@ def test_together_they_are_small() -> None:
     assert sum(path.stat().st_size for path in files) <= MOST_MIB * 2**20
 
 
-@pytest.mark.skipif(not (SHIPPED / "moe" / "config.json").exists(), reason="the models are still being trained")
+@pytest.mark.skipif(
+    not (SHIPPED / "moe" / "config.json").exists(), reason="the models are still being trained"
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_plain_transformers_loads_it_and_it_reads(name: str, tmp_path: Path) -> None:
     items = [

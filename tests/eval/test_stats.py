@@ -45,6 +45,7 @@ def test_a_sample_without_differences_is_not_certain():
     assert many.lower == pytest.approx(-0.0030, abs=0.0001)
     assert (few.verdict(0.01), many.verdict(0.01)) == (INCONCLUSIVE, NON_INFERIOR)
     assert few.verdict(0.02) == NON_INFERIOR
+    assert few.items_to_decide(0.01) == 299
 
 
 def test_verdicts():

@@ -1,0 +1,108 @@
+"""``python -m eval OUT --against MODEL --dense DENSE``: judge a quantized model on held-out charts and
+documents."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from eval.judge import Comparison, Judgement, System, compare, judge
+from eval.plots import judgement_figure, save
+from eval.provenance import provenance
+from eval.report import (
+    comparisons_table,
+    overall_verdicts,
+    results_json,
+    systems_table,
+    write_json,
+)
+from eval.runner import progress_bar
+from eval.stats import CONFIDENCE, MARGIN_DENSE, MARGIN_OWN, RESAMPLES
+from eval.tasks import Task, generated_tasks
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+RESULTS = Path(__file__).parent / "results"
+
+
+@app.command()
+def main(
+    out: Annotated[Path, typer.Argument(help="the quantized checkpoint")],
+    against: Annotated[Path, typer.Option(help="the model it was made from, in full precision")],
+    dense: Annotated[Path | None, typer.Option(help="a dense model to compare with as well")] = None,
+    items: Annotated[int, typer.Option(min=1, help="questions per task")] = 256,
+    expert_memory: Annotated[str, typer.Option(help="device bytes for experts: 2MiB, 25% ...")] = "25%",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    results: Annotated[Path | None, typer.Option("--out", help="default: eval/results/<name of OUT>")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of the generated items and the bootstrap")] = 0,
+    noise_floor: Annotated[
+        bool, typer.Option(help="ask the full-precision model again in batches of half the size")
+    ] = False,
+) -> None:
+    """Relaxed accuracy on charts and ANLS on documents, against full precision and a dense model.
+
+    Run again with the same settings, it goes on where it was interrupted.
+    """
+    console = Console()
+    folder = results or RESULTS / out.resolve().name
+    tasks = generated_tasks(items, seed)
+    systems = [
+        System("quantized", "quantized", out, expert_memory),
+        System("against", "full precision", against),
+    ]
+    systems += [System("dense", "dense", dense)] if dense else []
+    try:
+        judgements = _judge_all(
+            systems, console, tasks=tasks, folder=folder, batch_size=batch_size, device=device
+        )
+        comparisons = compare(judgements[0], judgements[1], MARGIN_OWN, seed)
+        if dense:
+            comparisons += compare(judgements[0], judgements[2], MARGIN_DENSE, seed)
+        if noise_floor:
+            again = System("against-again", "again, half batches", against)
+            half = max(1, batch_size // 2)
+            judged = _judge_all([again], console, tasks=tasks, folder=folder, batch_size=half, device=device)
+            comparisons += compare(judged[0], judgements[1], MARGIN_OWN, seed)
+            judgements += judged
+    except ValueError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    settings = {"items": items, "expert_memory": expert_memory, "batch_size": batch_size, "seed": seed}
+    settings |= {"resamples": RESAMPLES, "confidence": CONFIDENCE}
+    made = provenance("eval", sys.argv[1:], device)
+    write_json(folder / "results.json", results_json(made, settings, tasks, judgements, comparisons))
+    save(judgement_figure(judgements, tasks), folder / "accuracy.png")
+    console.print(systems_table(judgements, tasks))
+    console.print(comparisons_table(comparisons, tasks))
+    _conclude(console, comparisons, folder)
+
+
+def _judge_all(
+    systems: Sequence[System],
+    console: Console,
+    *,
+    tasks: Sequence[Task],
+    folder: Path,
+    batch_size: int,
+    device: str,
+) -> list[Judgement]:
+    with progress_bar(console) as bar:
+        return [judge(s, tasks, folder, batch_size=batch_size, device=device, bar=bar) for s in systems]
+
+
+def _conclude(console: Console, comparisons: list[Comparison], folder: Path) -> None:
+    for pair, passed in overall_verdicts(comparisons).items():
+        verdict = (
+            "[green]non-inferior on every task[/green]"
+            if passed
+            else "[yellow]not shown to be non-inferior[/yellow]"
+        )
+        console.print(f"{pair}: {verdict}")
+    console.print(f"results.json, accuracy.png and every answer: {folder}", highlight=False)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m eval")

@@ -52,6 +52,11 @@ def is_experts(module: nn.Module) -> bool:
     return flagged and isinstance(module._parameters.get("down_proj"), torch.Tensor)
 
 
+def num_experts(module: nn.Module) -> int:
+    """How many experts a module has (in weights: the first dimension)."""
+    return int(module.get_parameter("down_proj").shape[0])
+
+
 def expert_parameters(module: nn.Module) -> dict[str, str]:
     """Our name ("gate_up", "down", "gate_up_bias", "down_bias") to the parameter's name on the module."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
@@ -80,7 +85,7 @@ def find_router(model: nn.Module, name: str) -> nn.Module | None:
     parent, _, own = name.rpartition(".")
     experts = model.get_submodule(name)
     for child_name, child in model.get_submodule(parent).named_children():
-        if child_name != own and _router_width(child) == experts.num_experts:
+        if child_name != own and _router_width(child) == num_experts(experts):
             return child
     return None
 
@@ -96,7 +101,7 @@ def top_k(model: nn.Module, name: str) -> int:
     for holder in holders:
         for attribute in TOP_K_NAMES:
             value = getattr(holder, attribute, None)
-            if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= experts.num_experts:
+            if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= num_experts(experts):
                 return value
     raise ExpertFlowError(
         f"{name}: neither its router, its block nor the config says how many experts a token uses (looked "

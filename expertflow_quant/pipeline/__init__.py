@@ -1,0 +1,1 @@
+"""Quantize a model: stream its weights, observe its experts, quantize them, write a checkpoint, resume."""

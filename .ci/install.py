@@ -42,8 +42,10 @@ def main(venv: Path, extra: list[str]) -> None:
         )
     wanted = ["-e", f"{ROOT}[test]", *([f"torch=={torch}"] if torch else []), *extra]
     say("installing " + " ".join(wanted).replace(str(ROOT), ".") + " (this takes some minutes)")
-    pip_install(venv, wanted)
-    install_torchvision(venv)
+    if not pip_install(venv, wanted):
+        stop("could not install what is needed; pip says above why")
+    if not install_torchvision(venv):
+        say("going on without torchvision: only the test with transformers' own processor needs it")
     check(venv)
     say(f"{venv} is ready: {folder_gib(venv):.1f} GiB, {time.monotonic() - started:.0f} s")
 
@@ -130,12 +132,16 @@ def ask(venv: Path, code: str) -> str:
 
 def newest_cpu_torch(venv: Path) -> str | None:
     """The newest "+cpu" version of torch that this environment's pip can see and setup.cfg allows, if any."""
-    command = [interpreter(venv), "-m", "pip", "index", "versions", "torch"]
+    builds = [text for text in seen_versions(venv, "torch") if text.endswith(CPU_SUFFIX)]
+    return max((text for text in builds if release(text) >= oldest_torch()), key=release, default=None)
+
+
+def seen_versions(venv: Path, name: str) -> list[str]:
+    """Every version that this environment's pip can see, local builds included."""
+    command = [interpreter(venv), "-m", "pip", "index", "versions", name]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     listed = re.search(r"Available versions: (.*)", answer.stdout)
-    versions = [text.strip() for text in listed[1].split(",")] if listed else []
-    usable = [text for text in versions if text.endswith(CPU_SUFFIX) and release(text) >= oldest_torch()]
-    return max(usable, key=release, default=None)
+    return [text.strip() for text in listed[1].split(",")] if listed else []
 
 
 def oldest_torch() -> tuple[int, ...]:
@@ -151,31 +157,32 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
 
 
-def pip_install(venv: Path, arguments: list[str]) -> None:
-    """pip install; once more when it fails, since a failed download is the usual reason."""
+def pip_install(venv: Path, arguments: list[str]) -> bool:
+    """pip install, and once more when it fails (a download, usually); whether it worked."""
     options = ["-qq", "--disable-pip-version-check"]
     command = [interpreter(venv), "-m", "pip", "install", *options, *arguments]
     for attempt in ("first", "second"):
         code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
         if code == 0:
-            return
+            return True
         say(f"pip ended with {code} at the {attempt} try")
-    stop(f"could not install: {' '.join(arguments)}. See pip's message above")
+    return False
 
 
-def install_torchvision(venv: Path) -> None:
-    """The torchvision that goes with the installed torch: torchvision 0.N+15 with torch 2.N."""
+def install_torchvision(venv: Path) -> bool:
+    """The torchvision that goes with the installed torch, 0.N+15 with 2.N, if there is one yet."""
     version, cuda = ask(venv, "import torch; print(torch.__version__, torch.version.cuda)").split()
     major, minor, *_ = release(version)
-    wanted = f"torchvision==0.{minor + 15}.*"
-    if major != 2:
-        say(f"no torchvision is known for torch {version}: the test that needs it will be skipped")
-    elif cuda == "None" and platform.system() == "Linux":
+    fitting = [text for text in seen_versions(venv, "torchvision") if release(text)[:2] == (0, minor + 15)]
+    if major != 2 or not fitting:
+        say(f"pip sees no torchvision for torch {version}")
+        return False
+    wanted = f"torchvision=={max(fitting, key=release)}"
+    if cuda == "None" and platform.system() == "Linux":
         target = venv / SIDE_FOLDER
         shutil.rmtree(target, ignore_errors=True)
-        pip_install(venv, ["--no-deps", "--target", str(target), wanted])
-    else:
-        pip_install(venv, [wanted])
+        return pip_install(venv, ["--no-deps", "--target", str(target), wanted])
+    return pip_install(venv, [wanted])
 
 
 def check(venv: Path) -> None:

@@ -26,7 +26,7 @@ WEIGHT_DTYPE = torch.bfloat16
 @dataclass(frozen=True)
 class ExpertShape:
     """Sizes of one expert: gate_up is ``[2 * intermediate, hidden]`` (``[intermediate, hidden]`` without a
-    gate), down is ``[hidden, intermediate]``, both ``[out, in]``. Raises ExpertFlowError for a size below one."""
+    gate), down is ``[hidden, intermediate]``, both ``[out, in]``. Sizes below one raise ExpertFlowError."""
 
     hidden: int
     intermediate: int

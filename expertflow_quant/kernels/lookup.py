@@ -2,7 +2,7 @@
 
 Decoding runs for every routed expert of every step. A byte holds 4 or 2 codes of 2 or 4 bits, and 12 bits
 hold 4 codes of 3 bits, so a table row is the 16 or 8 bytes of their float32 values; gathered as one
-complex128 or float64 element it costs a single load and store. On the CPU this is 2 to 4 times quicker than shifting.
+complex128 or float64 element it costs a single load and store: 2 to 4 times quicker than shifting on a CPU.
 """
 
 from functools import lru_cache

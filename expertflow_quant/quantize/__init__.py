@@ -1,0 +1,18 @@
+"""Weights and statistics in, codes and scales out: pure tensors, no model, no file."""
+
+from expertflow_quant.quantize.fields import expert_fields
+from expertflow_quant.quantize.gptq import HessianReport, accumulate_hessian, examine_hessian, quantize_gptq
+from expertflow_quant.quantize.grid import ScaleRule
+from expertflow_quant.quantize.matrix import QuantizedMatrix
+from expertflow_quant.quantize.rtn import quantize_rtn
+
+__all__ = [
+    "HessianReport",
+    "QuantizedMatrix",
+    "ScaleRule",
+    "accumulate_hessian",
+    "examine_hessian",
+    "expert_fields",
+    "quantize_gptq",
+    "quantize_rtn",
+]

@@ -1,0 +1,237 @@
+"""GPTQ (Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv 2210.17323), batched over the experts of a layer.
+
+Columns are rounded one after the other; each column's rounding error is spread over the columns not yet
+rounded so that the output error ``tr(D H D^T)``, ``D`` being the change of the weights and ``H = sum of c^2 x
+x^T``, grows least. With ``H^-1 = R^T R``, R upper triangular, column i's error ``e = (w_i - q_i) / R_ii``
+changes the later columns by ``-e R_i,later``: within a block at once, behind it in one product per block. A
+group's scales come from its weights as they stand when its first column is reached, all updates applied,
+wherever blocks end.
+
+Two choices differ from the published code, for the sake of experts that few tokens reach. A dead column (no
+input ever, zero on H's diagonal) keeps its weights and is rounded plainly instead of being set to zero. And
+the dampening is a fraction of the mean over live columns only, so the result does not depend on H's scale.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from expertflow_quant.formats import ExpertFlowError, Format
+from expertflow_quant.quantize.grid import ScaleRule, decode, encode, fit_grid, require_finite
+from expertflow_quant.quantize.matrix import QuantizedMatrix
+from expertflow_quant.quantize.rtn import require_int
+
+
+def quantize_gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    format: Format,
+    damp: float = 0.01,
+    *,
+    block: int = 128,
+    act_order: bool = False,
+    scales: ScaleRule = "absmax",
+) -> QuantizedMatrix | list[QuantizedMatrix]:
+    """One matrix ``[O, I]`` with ``hessian [I, I]``; a batch ``[E, O, I]`` with ``[E, I, I]`` gives a list.
+
+    ``act_order`` rounds the columns with the largest Hessian diagonal first; group scales are then fixed
+    beforehand from the original weights, and groups stay contiguous, so the result needs no column index.
+    Raises ExpertFlowError for NaN or infinity, shapes that do not match, a dampening that is not positive, or
+    a Hessian that is not positive semidefinite. Rank-deficient and zero Hessians are fine (zero: plain
+    rounding).
+    """
+    require_int(format, "GPTQ")
+    _check(weight, hessian, format, damp, block)
+    if weight.ndim == 2:
+        return _quantize(weight[None], hessian[None], format, damp, block, act_order, scales)[0]
+    return _quantize(weight, hessian, format, damp, block, act_order, scales)
+
+
+def accumulate_hessian(inputs: Tensor, weights: Tensor) -> Tensor:
+    """``sum over t of weights[t]^2 * x_t x_t^T``: float32 ``[I, I]`` of inputs ``[T, I]``, weights ``[T]``.
+
+    The weights are the router's affinities: they multiply the expert's output, so their squares weigh its
+    squared error. Hessians of several pieces of data add up. No tokens give zeros. Raises ExpertFlowError for
+    NaN or infinity and for shapes that do not match.
+    """
+    if inputs.ndim != 2 or weights.shape != inputs.shape[:1]:
+        raise ExpertFlowError(
+            f"inputs {tuple(inputs.shape)} with weights {tuple(weights.shape)}: "
+            "pass [tokens, features] and [tokens]"
+        )
+    require_finite(inputs=inputs, weights=weights)
+    scaled = inputs.to(torch.float32) * weights.to(torch.float32).unsqueeze(-1)
+    return scaled.T @ scaled
+
+
+@dataclass(frozen=True)
+class HessianReport:
+    """How well calibration data covered one matrix: columns, those never reached, and the Hessian's rank."""
+
+    columns: int
+    dead: int
+    rank: int
+
+
+def examine_hessian(hessian: Tensor) -> HessianReport:
+    """Coverage of one ``hessian [I, I]``; costs an eigenvalue decomposition."""
+    dead = int((hessian.diagonal() == 0).sum())
+    rank = int(torch.linalg.matrix_rank(hessian.to(torch.float64), hermitian=True, rtol=1e-6))
+    return HessianReport(columns=hessian.shape[0], dead=dead, rank=rank)
+
+
+def _quantize(
+    weight: Tensor,
+    hessian: Tensor,
+    format: Format,
+    damp: float,
+    block: int,
+    act_order: bool,
+    scales: ScaleRule,
+) -> list[QuantizedMatrix]:
+    columns = weight.shape[-1]
+    work = weight.to(torch.float32).transpose(1, 2).contiguous()  # [E, I, O]: a column is contiguous
+    grids: _ReachedGroups | _FixedGroups
+    if act_order:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)  # [E, I]
+        grids = _FixedGroups(work, format, scales, order)
+        work = _permute_rows(work, order)
+        hessian = _permute_rows(_permute_rows(hessian, order).transpose(1, 2), order)
+        spans = list(_spans(columns, columns, block))
+    else:
+        grids = _ReachedGroups(format, scales)
+        spans = list(_spans(columns, format.columns_per_group(columns), block))
+    codes = _sweep(work, inverse_factor(hessian, damp), grids, spans, format)
+    if act_order:
+        codes = _permute_rows(codes, order.argsort(dim=-1))
+    group_scales, zeros = grids.all()  # [E, G, O]
+    return [
+        QuantizedMatrix(
+            codes[expert].T.contiguous(),
+            group_scales[expert].T.contiguous(),
+            None if format.symmetric else zeros[expert].T.contiguous(),
+            format,
+        )
+        for expert in range(weight.shape[0])
+    ]
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """The upper triangular R with ``R^T R = (H + damp * mean(diagonal) * 1)^-1``, float32 ``[E, I, I]``.
+
+    H reversed in both directions factors as ``L L^T``; L reversed is upper triangular, and R is its inverse:
+    one Cholesky and one triangular solve, in float64, without forming the inverse itself.
+    """
+    damped = hessian.to(torch.float64, copy=True)
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)  # a view: writes go to damped
+    live = diagonal != 0
+    mean = (diagonal * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    diagonal += torch.where(live, damp * mean, mean)
+    lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+    if bool(info.any()):
+        failed = int(info.nonzero()[0])
+        raise ExpertFlowError(
+            f"the Hessian of matrix {failed} of {info.numel()} is not positive semidefinite: "
+            f"dampening {damp} did not help; pass sums of x x^T as accumulate_hessian makes them"
+        )
+    upper = lower.flip(-2, -1)
+    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
+    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return factor.to(torch.float32)
+
+
+def _sweep(
+    work: Tensor,
+    factor: Tensor,
+    grids: "_ReachedGroups | _FixedGroups",
+    spans: list[tuple[int, int]],
+    format: Format,
+) -> Tensor:
+    """Round every column of ``work [E, I, O]`` in order, spreading the errors; uint8 codes ``[E, I, O]``."""
+    codes = torch.empty_like(work, dtype=torch.uint8)
+    for start, end in spans:
+        errors = torch.empty_like(work[:, start:end])
+        for column in range(start, end):
+            group_scales, zeros = grids.at(column, work)  # [E, O]
+            codes[:, column] = encode(work[:, column], group_scales, zeros, format)
+            rounded = decode(codes[:, column], group_scales, zeros)
+            error = (work[:, column] - rounded) / factor[:, column, column, None]
+            rest = factor[:, column, column + 1 : end, None]  # [E, columns left in the block, 1]
+            work[:, column + 1 : end] -= rest * error[:, None, :]
+            errors[:, column - start] = error
+        work[:, end:] -= factor[:, start:end, end:].transpose(1, 2) @ errors
+    return codes
+
+
+def _spans(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
+    """Blocks such that a group either lies inside one or begins where one begins."""
+    outer = group * max(1, block // group)
+    for start in range(0, columns, outer):
+        stop = min(start + outer, columns)
+        step = block if group > block else outer
+        for first in range(start, stop, step):
+            yield first, min(first + step, stop)
+
+
+@dataclass
+class _ReachedGroups:
+    """Grids made from the weights as they stand when a group's first column is reached."""
+
+    format: Format
+    rule: ScaleRule
+    scales: list[Tensor] = field(default_factory=list)  # [E, O] each
+    zeros: list[Tensor] = field(default_factory=list)
+
+    def at(self, column: int, work: Tensor) -> tuple[Tensor, Tensor]:
+        group = self.format.columns_per_group(work.shape[1])
+        if column % group == 0:
+            scales, zeros = fit_grid(work[:, column : column + group].transpose(1, 2), self.format, self.rule)
+            self.scales.append(scales)
+            self.zeros.append(zeros)
+        return self.scales[-1], self.zeros[-1]
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        return torch.stack(self.scales, dim=1), torch.stack(self.zeros, dim=1)
+
+
+class _FixedGroups:
+    """Grids made from the original weights, looked up through the order in which columns are taken."""
+
+    def __init__(self, work: Tensor, format: Format, rule: ScaleRule, order: Tensor) -> None:
+        experts, columns, rows = work.shape
+        grouped = work.view(experts, format.groups(columns), -1, rows).transpose(2, 3)
+        self._scales, self._zeros = fit_grid(grouped, format, rule)  # [E, G, O]
+        self._group = order // format.columns_per_group(columns)  # [E, I]
+        self._expert = torch.arange(experts, device=work.device)
+
+    def at(self, column: int, work: Tensor) -> tuple[Tensor, Tensor]:
+        place = (self._expert, self._group[:, column])
+        return self._scales[place], self._zeros[place]
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        return self._scales, self._zeros
+
+
+def _permute_rows(tensor: Tensor, order: Tensor) -> Tensor:
+    """Rows of ``tensor [E, N, M]`` in each expert's own ``order [E, N]``."""
+    return tensor.gather(1, order.unsqueeze(-1).expand_as(tensor))
+
+
+def _check(weight: Tensor, hessian: Tensor, format: Format, damp: float, block: int) -> None:
+    columns = weight.shape[-1]
+    if weight.ndim not in (2, 3) or hessian.shape != (*weight.shape[:-2], columns, columns):
+        raise ExpertFlowError(
+            f"weight {tuple(weight.shape)} with Hessian {tuple(hessian.shape)}: pass [O, I] with [I, I], "
+            "or [E, O, I] with [E, I, I]"
+        )
+    format.validate_for(columns)
+    if not damp > 0:
+        raise ExpertFlowError(
+            f"dampening {damp} must be above 0 (0.01 is usual): few tokens leave H singular"
+        )
+    if block < 1:
+        raise ExpertFlowError(f"block of {block} columns must be at least 1 (128 is usual)")
+    require_finite(weight=weight, hessian=hessian)

@@ -66,8 +66,8 @@ def _attached(module: Any, hidden: Tensor) -> LayerExperts:
     experts: LayerExperts | None = getattr(module, NAME, None)
     if experts is None:
         raise ExpertFlowError(
-            f"{type(module).__name__} has no experts attached: load a checkpoint with expertflow_quant.load, or "
-            "with from_pretrained after `import expertflow_quant`"
+            f"{type(module).__name__} has no experts attached: load a checkpoint with expertflow_quant.load, "
+            "or with from_pretrained after `import expertflow_quant`"
         )
     if module.training:
         raise ExpertFlowError("quantized experts are for inference only: call model.eval()")

@@ -33,7 +33,7 @@ LOADING_OPTIONS = ("expert_memory", "verify")
 
 
 @register_quantization_config("expertflow")
-class ExpertFlowConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class ExpertFlowConfig(QuantizationConfigMixin):
     """What config.json says of our checkpoints, and how to load them.
 
     ``expert_memory``: device bytes for experts, as ``offload.budget.parse_budget`` reads them (default: all
@@ -61,7 +61,7 @@ class ExpertFlowConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer("expertflow")
-class ExpertFlowQuantizer(HfQuantizer):  # type: ignore[misc]
+class ExpertFlowQuantizer(HfQuantizer):
     """Takes the experts out of a model before its weights are read and puts one cache in their place.
 
     After loading, ``model.expert_cache`` is that cache. Raises ExpertFlowError (BudgetError, CheckpointError)
@@ -73,8 +73,8 @@ class ExpertFlowQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ExpertFlowConfig, **kwargs: Any) -> None:
         if not kwargs.get("pre_quantized", True):
             raise ExpertFlowError(
-                "this model is not an expertflow checkpoint: run `expertflow-quant quantize MODEL OUT` and load "
-                "OUT; a quantization_config cannot quantize while loading"
+                "this model is not an expertflow checkpoint: run `expertflow-quant quantize MODEL OUT` and "
+                "load OUT; a quantization_config cannot quantize while loading"
             )
         super().__init__(quantization_config, **kwargs)
 
@@ -95,8 +95,8 @@ class ExpertFlowQuantizer(HfQuantizer):  # type: ignore[misc]
             return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             raise ExpertFlowError(
-                f"device_map {device_map} spreads the model over several devices: its experts share one cache "
-                "on one device; give a single device, and expert_memory to say what experts may take of it"
+                f"device_map {device_map} spreads the model over several devices: its experts share one "
+                "cache on one device; give a single device, and expert_memory to say what experts may take of it"
             )
         return device_map
 

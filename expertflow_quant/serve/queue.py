@@ -10,11 +10,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.serve.stops import StopScanner
 from expertflow_quant.serve.work import AnswerEngine, Cancelled, Delta, Done, Event, Failed, Job, Stopped
 
 log = logging.getLogger(__name__)
@@ -129,28 +127,18 @@ class RequestQueue:
             return Failed(error)
 
     def _answer(self, job: Job) -> Done:
-        sampling, scanner = job.sampling, StopScanner(job.sampling.stop)
-        with _closing(
-            self._engine.stream(
-                job.messages,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=sampling.seed,
-            )
-        ) as pieces:
+        pieces = self._engine.stream(job.messages, **asdict(job.sampling))
+        try:
             for piece in pieces:
                 self._check_wanted(job)
                 job.first_token = job.first_token or time.monotonic()
-                job.deliver(Delta(scanner.feed(piece)))
-                if scanner.hit:
-                    break
-        result = self._engine.last
+                job.deliver(Delta(piece))
+        finally:
+            pieces.close()
+        result = pieces.last
         if result is None:
             raise RuntimeError("the engine ended a stream without a result")
-        job.deliver(Delta(scanner.rest()))
-        reason = "stop" if scanner.hit else result.finish_reason
-        return Done(reason, result.prompt_tokens, result.image_tokens, result.completion_tokens)
+        return Done(result.finish_reason, result.prompt_tokens, result.image_tokens, result.completion_tokens)
 
     def _check_wanted(self, job: Job) -> None:
         if self._stopped:
@@ -161,13 +149,3 @@ class RequestQueue:
     def _end(self, job: Job, event: Event) -> None:
         self.give_back()
         job.deliver(event)
-
-
-@contextmanager
-def _closing(pieces: Iterator[str]) -> Iterator[Iterator[str]]:
-    try:
-        yield pieces
-    finally:
-        close = getattr(pieces, "close", None)
-        if close is not None:
-            close()

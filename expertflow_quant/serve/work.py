@@ -23,6 +23,15 @@ class Generation(Protocol):
     def finish_reason(self) -> str: ...
 
 
+class AnswerStream(Protocol):
+    """Pieces of an answer, one a token; `close` ends it early, `last` is what came until then."""
+
+    @property
+    def last(self) -> Generation | None: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def close(self) -> None: ...
+
+
 class CacheStats(Protocol):
     """Counts since the engine was loaded."""
 
@@ -41,8 +50,6 @@ class AnswerEngine(Protocol):
 
     @property
     def stats(self) -> CacheStats: ...
-    @property
-    def last(self) -> Generation | None: ...
     def stream(
         self,
         messages: Sequence[ChatMessage],
@@ -51,12 +58,13 @@ class AnswerEngine(Protocol):
         temperature: float,
         top_p: float,
         seed: int | None,
-    ) -> Iterator[str]: ...
+        stop: Sequence[str],
+    ) -> AnswerStream: ...
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn; temperature 0 is greedy."""
+    """How one answer is drawn; temperature 0 is greedy. `stop`: texts that end it and are no part of it."""
 
     max_new_tokens: int
     temperature: float = 0.0

@@ -37,35 +37,56 @@ class FakeEngine:
     busy: int = 0
     most_busy: int = 0
     closed_early: int = 0
-    last: Any = None
     stats: Any = field(
         default_factory=lambda: SimpleNamespace(hits=3, misses=2, bytes_moved=512, stall_seconds=0.25)
     )
 
-    def stream(self, messages: Any, **sampling: Any) -> Iterator[str]:
+    def stream(self, messages: Any, **sampling: Any) -> "FakeStream":
         self.calls.append(messages)
         self.sampled.append(sampling)
-        self.busy += 1
-        self.most_busy = max(self.busy, self.most_busy)
-        words, sent, images = _answer(messages), 0, _images(messages)
-        wanted = sampling["max_new_tokens"]
-        reason = "stop" if wanted > len(words) else "length"
+        words = _answer(messages)
+        if "refuse " in words:
+            raise ExpertFlowError("prompt has 900 tokens; the model reads 512: send a smaller image")
+        return FakeStream(self, messages, words, sampling["max_new_tokens"])
+
+
+class FakeStream:
+    """One answer of a FakeEngine."""
+
+    def __init__(self, engine: FakeEngine, messages: Any, words: list[str], wanted: int) -> None:
+        self.last: Any = None
+        self._engine, self._messages, self._words, self._wanted = engine, messages, words, wanted
+        self._pieces = self._made()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    def _made(self) -> Iterator[str]:
+        engine, words, sent = self._engine, self._words, 0
+        reason = "stop" if self._wanted > len(words) else "length"
+        engine.busy += 1
+        engine.most_busy = max(engine.busy, engine.most_busy)
         try:
-            _fail_when_asked(words)
-            while sent < min(wanted, len(words)):
-                assert self.gate.wait(30), "the test never opened the gate"
+            if "crash " in words:
+                raise RuntimeError("secret detail")
+            while sent < min(self._wanted, len(words)):
+                assert engine.gate.wait(30), "the test never opened the gate"
                 sent += 1
                 yield words[sent - 1]
             sent += reason == "stop"
         except GeneratorExit:
-            self.closed_early += 1
+            engine.closed_early += 1
             raise
         finally:
-            self.busy -= 1
-            prompt = sum(len(_text(message).split()) for message in messages) + IMAGE_TOKENS * len(images)
+            engine.busy -= 1
+            images = IMAGE_TOKENS * len(_images(self._messages))
+            texts = sum(len(_text(message).split()) for message in self._messages)
             self.last = SimpleNamespace(
-                prompt_tokens=prompt,
-                image_tokens=IMAGE_TOKENS * len(images),
+                prompt_tokens=texts + images,
+                image_tokens=images,
                 completion_tokens=sent,
                 finish_reason=reason,
             )
@@ -86,13 +107,6 @@ def _images(messages: Any) -> list[Image.Image]:
 def _answer(messages: Any) -> list[str]:
     seen = [f"{image.mode}{image.width}x{image.height} " for image in _images(messages)]
     return seen + [word + " " for word in _text(messages[-1]).split()]
-
-
-def _fail_when_asked(words: list[str]) -> None:
-    if "refuse " in words:
-        raise ExpertFlowError("prompt has 900 tokens; the model reads 512: send a smaller image")
-    if "crash " in words:
-        raise RuntimeError("secret detail")
 
 
 @dataclass(frozen=True)

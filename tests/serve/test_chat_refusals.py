@@ -182,13 +182,22 @@ def test_a_crash_is_not_shown_and_the_next_answer_comes(steady, stream):
 
 
 def test_a_crash_half_way_ends_the_stream_with_an_error(server, engine):
-    plain = engine.stream
-
-    def broken(messages, **sampling):
-        yield next(plain(messages, **sampling))
-        raise RuntimeError("secret detail")
-
-    engine.stream = broken
-    stream = server.client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
+    engine.gate.wait = Break(after=1)
+    stream = server.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "one two"}], stream=True
+    )
     with pytest.raises(openai.APIError, match="its log says why"):
         list(stream)
+
+
+class Break:
+    """Breaks the engine after so many tokens."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self, timeout):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("secret detail")
+        return True

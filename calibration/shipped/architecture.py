@@ -33,13 +33,9 @@ TOP_K = 2
 INTERMEDIATE = 96
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 32
 VISION = dict(depth=7, hidden_size=128, intermediate_size=512, num_heads=4)
-SPECIALS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
-)
+SPECIALS = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
 # Words with the blank before them, digits one by one, as Qwen's tokenizers split.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Newlines are written as expressions: jinja drops a literal one in front of a block.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -106,7 +102,9 @@ def build_processor(sheets: int = 2500) -> ImageProcessor:
         image_std=[0.5] * 3,
         size={"shortest_edge": 64 * 64, "longest_edge": 256 * 256},
     )
-    return ImageProcessor(image_processor=images, tokenizer=build_tokenizer(corpus(sheets)), chat_template=CHAT_TEMPLATE)
+    return ImageProcessor(
+        image_processor=images, tokenizer=build_tokenizer(corpus(sheets)), chat_template=CHAT_TEMPLATE
+    )
 
 
 def save_processor(processor: ImageProcessor, path: Path) -> None:
@@ -170,7 +168,9 @@ def build_model(kind: str, processor: ImageProcessor) -> Any:
             norm_topk_prob=True,
             router_aux_loss_coef=0.01,
         )
-        model: Any = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids))
+        model: Any = Qwen3VLMoeForConditionalGeneration(
+            Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
+        )
     elif kind == "dense":
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
     else:
@@ -196,7 +196,9 @@ def main() -> None:
     model = build_model(args.kind, processor).to(torch.bfloat16)
     model.save_pretrained(args.out)
     save_processor(processor, args.out)
-    print(f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
+    print(
+        f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens"
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from calibration.shipped.architecture import EXPERTS, HEAD_DIM, HEADS, KV_HEADS, LAYERS, MERGE, PATCH, TOP_K, VISION
+from calibration.shipped.architecture import (
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    MERGE,
+    PATCH,
+    TOP_K,
+    VISION,
+)
 from calibration.shipped.feed import CELLS, PATCHES, QUESTIONS, SLOT, TRANSCRIPT
 from expertflow_quant.samples.canvas import SIZE
 
@@ -31,18 +42,16 @@ def constants(model: Any, processor: Any, device: str) -> dict[str, Any]:
     kinds = (prefix == processor.image_token_id).int()
     positions, _ = model.model.get_rope_index(prefix, image_grid_thw=grid, mm_token_type_ids=kinds)
     following = positions.max() + 1
-    slots = [(QUESTIONS, SLOT), (1, TRANSCRIPT)]
-    text = torch.cat([following + torch.arange(length).repeat(count) for count, length in slots])
+    lengths = [SLOT] * QUESTIONS + [TRANSCRIPT]
+    text = torch.cat([following + torch.arange(length) for length in lengths])
+    owner = torch.cat(
+        [torch.zeros(prefix.shape[1]), *(torch.full((n,), i + 1.0) for i, n in enumerate(lengths))]
+    )
     everywhere = torch.cat([positions, text.expand(3, 1, -1)], -1)
     cos, sin = model.model.language_model.rotary_emb(torch.zeros(1, 1), everywhere)
     order = torch.arange(PATCHES).view(GRID // MERGE, MERGE, GRID // MERGE, MERGE).transpose(1, 2).reshape(-1)
     rows, columns = order // GRID, order % GRID
     vcos, vsin = model.model.visual.rotary_pos_emb(torch.zeros(1), torch.stack([rows, columns], -1))
-    masks = []
-    for _, length in slots:
-        seen = torch.ones(length, prefix.shape[1] + length, dtype=torch.bool)
-        seen[:, prefix.shape[1] :] = torch.ones(length, length, dtype=torch.bool).tril()
-        masks.append(seen.to(device))
     return {
         "prefix": prefix.to(device),
         "image_at": len(head),
@@ -51,10 +60,25 @@ def constants(model: Any, processor: Any, device: str) -> dict[str, Any]:
         "vcos": vcos.to(device),
         "vsin": vsin.to(device),
         "order": order.to(device),
-        "slots": slots,
-        "masks": masks,
+        "sight": sight(owner.to(device)),
         "eps": model.config.text_config.rms_norm_eps,
     }
+
+
+def sight(owner: Tensor) -> Any:
+    """Which places see which: the prefix (owner 0) is seen by all behind it, a slot by itself only, all causally.
+
+    owner: [T] slot numbers. Returns a [T, T] mask, on a GPU a block mask for flex_attention.
+    """
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & ((owner[key] == 0) | (owner[key] == owner[query]))
+
+    total = len(owner)
+    if owner.is_cuda:
+        return create_block_mask(sees, None, None, total, total, device=owner.device, BLOCK_SIZE=64)
+    place = torch.arange(total, device=owner.device)
+    return sees(place, place, place[:, None], place[None, :])
 
 
 def cut_patches(images: Tensor) -> Tensor:
@@ -104,12 +128,18 @@ def merge(x: Tensor, p: Params, prefix: str, after: bool) -> Tensor:
     wide = x.shape[-1] * MERGE**2
     w, b = p[prefix + "norm.weight"], p[prefix + "norm.bias"]
     y = x.reshape(len(x), CELLS, wide) if after else x
-    y = F.layer_norm(y.float(), (y.shape[-1],), w.float(), b.float(), 1e-6).to(x.dtype).reshape(len(x), CELLS, wide)
+    y = (
+        F.layer_norm(y.float(), (y.shape[-1],), w.float(), b.float(), 1e-6)
+        .to(x.dtype)
+        .reshape(len(x), CELLS, wide)
+    )
     y = F.gelu(F.linear(y, p[prefix + "linear_fc1.weight"], p[prefix + "linear_fc1.bias"]))
     return F.linear(y, p[prefix + "linear_fc2.weight"], p[prefix + "linear_fc2.bias"])
 
 
-def tower(p: Params, images: Tensor, c: dict[str, Any], block: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def tower(
+    p: Params, images: Tensor, c: dict[str, Any], block: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures uint8 [B, S, S, 3] -> patches [B, PATCHES, C], cells [B, CELLS, H], deepstack cells [B, CELLS, H]."""
     root = "model.visual."
     weight = p[root + "patch_embed.proj.weight"]
@@ -132,27 +162,16 @@ def attention(x: Tensor, p: list[Tensor], c: dict[str, Any]) -> Tensor:
     q = rms(F.linear(y, q_w).view(batch, total, HEADS, HEAD_DIM), qn, c["eps"])
     k = rms(F.linear(y, k_w).view(batch, total, KV_HEADS, HEAD_DIM), kn, c["eps"])
     v = F.linear(y, v_w).view(batch, total, KV_HEADS, HEAD_DIM)
-    q, k = rotate(q, c["cos"].to(x.dtype), c["sin"].to(x.dtype)), rotate(k, c["cos"].to(x.dtype), c["sin"].to(x.dtype))
-    k, v = (t.repeat_interleave(HEADS // KV_HEADS, 2) for t in (k, v))
-    at = c["prefix"].shape[1]
+    q, k = (
+        rotate(q, c["cos"].to(x.dtype), c["sin"].to(x.dtype)),
+        rotate(k, c["cos"].to(x.dtype), c["sin"].to(x.dtype)),
+    )
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    outs = [F.scaled_dot_product_attention(q[:, :, :at], k[:, :, :at], v[:, :, :at], is_causal=True).transpose(1, 2)]
-    start = at
-    for (count, length), mask in zip(c["slots"], c["masks"], strict=True):
-        span = slice(start, start + count * length)
-
-        def own(t: Tensor, span: slice = span, count: int = count, length: int = length) -> Tensor:
-            return t[:, :, span].unflatten(2, (count, length)).transpose(1, 2).flatten(0, 1)
-
-        def shared(t: Tensor, count: int = count) -> Tensor:
-            return t[:, None, :, :at].expand(-1, count, -1, -1, -1).flatten(0, 1)
-
-        a = F.scaled_dot_product_attention(
-            own(q), torch.cat([shared(k), own(k)], 2), torch.cat([shared(v), own(v)], 2), attn_mask=mask
-        )
-        outs.append(a.transpose(1, 2).reshape(batch, count * length, HEADS, HEAD_DIM))
-        start += count * length
-    return x + F.linear(torch.cat(outs, 1).flatten(2), o_w)
+    if isinstance(c["sight"], BlockMask):
+        a = flex_attention(q, k, v, block_mask=c["sight"], enable_gqa=True)
+    else:
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=c["sight"], enable_gqa=True)
+    return x + F.linear(a.transpose(1, 2).flatten(2), o_w)
 
 
 ATTENTION_NAMES = (

@@ -38,7 +38,9 @@ class Pool:
         self.source, self.blocks, self.device = source, blocks, device
         self.count = source.layout.count
         self.data = {
-            name: torch.empty((blocks * self.count, *shape[1:]), dtype=getattr(torch, np.dtype(dtype).name), device=device)
+            name: torch.empty(
+                (blocks * self.count, *shape[1:]), dtype=getattr(torch, np.dtype(dtype).name), device=device
+            )
             for name, (shape, dtype) in source.layout.fields.items()
         }
         self.written = 0
@@ -59,7 +61,10 @@ class Pool:
         try:
             cuda = self.device == "cuda"
             fields = self.source.layout.fields
-            staging = {n: torch.empty(s, dtype=getattr(torch, np.dtype(d).name), pin_memory=cuda) for n, (s, d) in fields.items()}
+            staging = {
+                n: torch.empty(s, dtype=getattr(torch, np.dtype(d).name), pin_memory=cuda)
+                for n, (s, d) in fields.items()
+            }
             stream = torch.cuda.Stream() if cuda else None
             while not self.stop.is_set():
                 taken = self.source.take(wait=True)
@@ -102,7 +107,9 @@ class Heads(torch.nn.Module):
         self.word = torch.nn.Linear(HIDDEN, feed.WORD * feed.CHAR_CLASSES)
 
 
-def glyph_loss(heads: dict[str, Tensor], patches: Tensor, cells: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def glyph_loss(
+    heads: dict[str, Tensor], patches: Tensor, cells: Tensor, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of both heads, and the share of words that are right."""
     chars = batch["patch_char"].long()
     logits = F.linear(patches, heads["char.weight"], heads["char.bias"]).float()
@@ -124,7 +131,9 @@ def answer_loss(
     at, label = batch["label_at"].long(), batch["label"].long()
     picked = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = F.linear(picked, table).float()
-    each = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-100).view(label.shape)
+    each = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-100).view(
+        label.shape
+    )
     used = (label >= 0).float()
     read = used * (at >= feed.QUESTIONS * feed.SLOT)
     asked = used - read
@@ -150,10 +159,10 @@ class Trainer:
         self.block, self.attend = fast(forward.vision_block), fast(forward.attention)
         if self.cuda:
             torch._dynamo.config.automatic_dynamic_shapes = False
-            for name in ("rms", "gated", "route", "merge"):
+            for name in ("rms", "merge"):
                 if not hasattr(getattr(forward, name), "_torchdynamo_orig_callable"):
                     setattr(forward, name, torch.compile(getattr(forward, name)))
-        self.experts = forward.experts_grouped if self.cuda else forward.experts_dense
+        self.experts = fast(forward.experts_grouped) if self.cuda else forward.experts_dense
 
     def _half(self, named: Any) -> dict[str, Tensor]:
         return {n: p.to(torch.bfloat16) if self.cuda else p for n, p in named}
@@ -177,8 +186,14 @@ class Trainer:
         total = loss + self.weights[1] * glyphs + self.recipe["balance"] * balance
         return total, [total.detach(), answers, right, balance.detach()]
 
-    def run(self, stage: str, pool: Pool, log: Callable[[dict[str, Any]], None], check: Callable[[], dict[str, Any]]) -> None:
-        """All steps of a stage."""
+    def run(
+        self,
+        stage: str,
+        pool: Pool,
+        log: Callable[[dict[str, Any]], None],
+        check: Callable[[], dict[str, Any]],
+    ) -> None:
+        """All steps of a stage; `check` adds to each logged entry."""
         plan, recipe = self.recipe[stage], self.recipe
         loss_of = self.tower_loss if stage == "tower" else self.joint_loss
         trained = [p for n, p in self.params.items() if stage == "joint" or ".visual." in n]
@@ -186,7 +201,10 @@ class Trainer:
         lr = torch.tensor(0.0, device=self.device)
         decayed, plain = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": recipe["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": recipe["weight_decay"]},
+                {"params": plain, "weight_decay": 0.0},
+            ],
             lr=lr,
             betas=tuple(recipe["betas"]),
             fused=self.cuda,
@@ -222,7 +240,7 @@ class Trainer:
                 self.weights[i].fill_(first + (final - first) * min(1.0, share / recipe["hold"]))
             rows.copy_(pool.draw(generator, recipe["batch"]), non_blocking=False)
             replay()
-            if time.time() - last > 15 or number + 1 == plan["steps"]:
+            if time.time() - last > plan["log_seconds"] or number + 1 == plan["steps"]:
                 pool.check()
                 values = [round(v.item(), 4) for v in shown]
                 now = time.time()
@@ -250,7 +268,7 @@ class Trainer:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the feed copies meanwhile
             step()
         return graph.replay
 
@@ -264,7 +282,11 @@ class Trainer:
         return {"exact": {key: round(right[key] / total[key], 4) for key in sorted(total)}}
 
     def _count_exact(
-        self, p: dict[str, Tensor], held: list[Any], right: collections.Counter[str], total: collections.Counter[str]
+        self,
+        p: dict[str, Tensor],
+        held: list[Any],
+        right: collections.Counter[str],
+        total: collections.Counter[str],
     ) -> None:
         for batch, kinds in held:
             _, cells, deep = forward.tower(p, batch["image"], self.constants, self.block)
@@ -314,8 +336,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("kind", choices=("moe", "dense"))
     parser.add_argument("out", type=Path, help="folder for weights and loss curve")
-    parser.add_argument("--processor", type=Path, required=True, help="folder of the processor that both models share")
-    parser.add_argument("--tower", type=Path, help="start from this trained tower (tower.safetensors of an earlier run)")
+    parser.add_argument(
+        "--processor", type=Path, required=True, help="folder of the processor that both models share"
+    )
+    parser.add_argument(
+        "--tower", type=Path, help="start from this trained tower (tower.safetensors of an earlier run)"
+    )
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--set", action="append", default=[], help="override, as joint.steps=100")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -356,11 +382,17 @@ def main() -> None:
             kept = {n: p.detach().cpu() for n, p in trainer.params.items() if ".visual." in n}
             kept |= {f"heads.{n}": p.detach().cpu() for n, p in trainer.heads.named_parameters()}
             save_file(kept, args.out / "tower.safetensors")
-        trainer.run("joint", pool, log, lambda: trainer.exact(held))
+
+        def check() -> dict[str, Any]:
+            save_parts(trainer.params, args.out, args.kind)
+            return trainer.exact(held)
+
+        trainer.run("joint", pool, log, check)
         save_parts(trainer.params, args.out, args.kind)
         log({"stage": "end"})
     finally:
         pool.stop.set()
+        pool.thread.join(timeout=30)
         source.close()
 
 

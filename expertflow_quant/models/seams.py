@@ -52,9 +52,9 @@ def is_experts(module: nn.Module) -> bool:
     return flagged and isinstance(module._parameters.get("down_proj"), torch.Tensor)
 
 
-def num_experts(module: nn.Module) -> int:
-    """How many experts a module has (in weights: the first dimension)."""
-    return int(module.get_parameter("down_proj").shape[0])
+def num_experts(module: Any) -> int:
+    """How many experts an experts module or a router has."""
+    return int(module.num_experts)
 
 
 def expert_parameters(module: nn.Module) -> dict[str, str]:

@@ -1,0 +1,130 @@
+"""Model forwards that stop at every MoE layer until they are told what its experts answer.
+
+Calibration wants all samples at one layer before any goes on to the next: then each layer's experts are read
+once, and the activations of one layer are all that is kept. So each batch's forward runs on a thread of its
+own that waits inside the experts call. Only one of them ever runs at a time: threads serve as coroutines
+here. The model runs as it is; nothing needs to know what lies between two MoE layers.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from expertflow_quant.formats.errors import ExpertFlowError
+
+EXPERTS_FUNCTION = "expertflow-observe"
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """A forward at an MoE layer: inputs ``[T, H]``, ids ``[T, k]``, affinities ``[T, k]``, router scores
+    ``[T, E]``."""
+
+    module: nn.Module
+    hidden: Tensor
+    top_k_index: Tensor
+    top_k_weights: Tensor
+    scores: Tensor | None
+
+
+class _Abandoned(BaseException):
+    """Ends a forward that is no longer needed; no BaseException handler of a model may swallow it."""
+
+
+class Forward(threading.Thread):
+    """One forward of ``model`` over ``make_batch()``; starts to run at the first ``resume``."""
+
+    def __init__(self, model: Callable[..., Any], make_batch: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(daemon=True)
+        self.call: ExpertsCall | None = None
+        self.scores: Tensor | None = None
+        self.batch: dict[str, Any] = {}
+        self._model, self._make_batch = model, make_batch
+        self._answer: Tensor | None = None
+        self._error: BaseException | None = None
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+
+    def resume(self, answer: Tensor | None = None) -> None:
+        """Runs on to the next experts call (then in ``call``) or the end (``call`` is None). Raises what
+        it raised."""
+        self._answer = answer
+        if not self.is_alive():
+            self.start()
+        self._go.release()
+        self._paused.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def pause(self, call: ExpertsCall) -> Tensor:
+        """Called on the forward's own thread: waits for the experts' answer ``[T, H]``."""
+        self.call = call
+        self._paused.release()
+        self._go.acquire()
+        if self._answer is None:
+            raise _Abandoned
+        self.call = None
+        return self._answer
+
+    def abandon(self) -> None:
+        """Ends the forward where it waits."""
+        if self.is_alive():
+            self.resume(None)
+            self.join()
+
+    def run(self) -> None:
+        self._go.acquire()
+        try:
+            with torch.no_grad():
+                self.batch = self._make_batch()
+                self._model(**self.batch, use_cache=False)
+        except _Abandoned:
+            pass
+        except BaseException as error:  # handed to whoever resumed this forward
+            self._error = error
+        finally:
+            self.call = None
+            self._paused.release()
+
+
+def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers calls for the experts of a model that is being observed."""
+    forward = _current()
+    scores, forward.scores = forward.scores, None
+    return forward.pause(ExpertsCall(module, hidden, top_k_index, top_k_weights, scores))
+
+
+def watch_router(router: nn.Module, experts: int) -> Any:
+    """Notes the scores ``[T, experts]`` that a router computes, for the experts call that follows it."""
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        for value in outputs:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == experts:
+                _current().scores = value.reshape(-1, experts)
+                return
+
+    return router.register_forward_hook(note)
+
+
+def run_forwards(forwards: Sequence[Forward]) -> None:
+    """Brings every forward to its first experts call."""
+    for forward in forwards:
+        forward.resume()
+
+
+def _current() -> Forward:
+    thread = threading.current_thread()
+    if not isinstance(thread, Forward):
+        raise ExpertFlowError(
+            f"a model prepared with {EXPERTS_FUNCTION!r} only runs while it is observed: load it anew to "
+            f"use it"
+        )
+    return thread
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, experts_forward)

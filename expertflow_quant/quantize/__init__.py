@@ -1,12 +1,16 @@
 """Weights and statistics in, codes and scales out: pure tensors, no model, no file."""
 
+from expertflow_quant.quantize.awq import AWQResult, search_awq
 from expertflow_quant.quantize.fields import expert_fields
+from expertflow_quant.quantize.folding import Gate, scalable_rows
 from expertflow_quant.quantize.gptq import HessianReport, accumulate_hessian, examine_hessian, quantize_gptq
 from expertflow_quant.quantize.grid import ScaleRule
 from expertflow_quant.quantize.matrix import QuantizedMatrix
 from expertflow_quant.quantize.rtn import quantize_rtn
 
 __all__ = [
+    "AWQResult",
+    "Gate",
     "HessianReport",
     "QuantizedMatrix",
     "ScaleRule",
@@ -15,4 +19,6 @@ __all__ = [
     "expert_fields",
     "quantize_gptq",
     "quantize_rtn",
+    "scalable_rows",
+    "search_awq",
 ]

@@ -24,6 +24,7 @@ from expertflow_quant.quantize.matrix import QuantizedMatrix
 from expertflow_quant.quantize.rtn import require_int
 
 
+@torch.no_grad()
 def quantize_gptq(
     weight: Tensor,
     hessian: Tensor,
@@ -49,6 +50,7 @@ def quantize_gptq(
     return _quantize(weight, hessian, format, damp, block, act_order, scales)
 
 
+@torch.no_grad()
 def accumulate_hessian(inputs: Tensor, weights: Tensor) -> Tensor:
     """``sum over t of weights[t]^2 * x_t x_t^T``: float32 ``[I, I]`` of inputs ``[T, I]``, weights ``[T]``.
 

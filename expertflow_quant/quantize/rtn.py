@@ -8,15 +8,20 @@ from expertflow_quant.quantize.grid import ScaleRule, encode, fit_grid, require_
 from expertflow_quant.quantize.matrix import QuantizedMatrix
 
 
+@torch.no_grad()
 def quantize_rtn(weight: Tensor, format: Format, *, scales: ScaleRule = "absmax") -> QuantizedMatrix:
     """``weight [O, I]`` of any floating dtype in ``format``; ``scales="mse"`` searches each group's range.
 
     Raises ExpertFlowError for NaN or infinity, or a format that cannot code I columns.
     """
     require_int(format, "rounding")
+    if weight.ndim != 2:
+        raise ExpertFlowError(
+            f"weight {tuple(weight.shape)} is not a matrix: pass [out, in], one expert at a time"
+        )
     require_finite(weight=weight)
     rows, columns = weight.shape
-    grouped = weight.to(torch.float32).reshape(rows, format.groups(columns), -1)
+    grouped = weight.to(torch.float32).contiguous().view(rows, format.groups(columns), -1)
     group_scales, zeros = fit_grid(grouped, format, scales)
     codes = encode(grouped, group_scales.unsqueeze(-1), zeros.unsqueeze(-1), format)
     return QuantizedMatrix(

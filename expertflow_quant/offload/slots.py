@@ -117,11 +117,12 @@ def _too_small(layers: Sequence[LayerRecords], budget_bytes: int, minimum: int) 
 
     worst = max(range(len(layers)), key=lambda i: token_bytes(layers[i]))
     held = budget_bytes // max(layers[worst].nbytes)
-    plural = "" if held == 1 else "s"
+    sizes = len({nbytes for layer in layers for nbytes in layer.nbytes})
     return (
-        f"expert memory {format_bytes(budget_bytes)} holds {held} expert{plural}; layer {worst} routes a "
-        f"token to {layers[worst].top_k} at once and every record size needs its own slots: "
-        f"raise --expert-memory to {format_bytes_up(minimum)} or use a smaller format"
+        f"expert memory {format_bytes(budget_bytes)} holds {held} expert{'' if held == 1 else 's'}; "
+        f"layer {worst} routes a token to {layers[worst].top_k} at once"
+        + (f" and each of {sizes} record sizes needs slots of its own" if sizes > 1 else "")
+        + f": raise --expert-memory to {format_bytes_up(minimum)} or use a smaller format"
     )
 
 

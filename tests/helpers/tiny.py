@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from expertflow_quant.checkpoint.manifest import ExpertEntry
@@ -16,9 +17,29 @@ from expertflow_quant.checkpoint.writer import CheckpointWriter
 from expertflow_quant.formats.bits import pack_codes
 from expertflow_quant.formats.record import RecordLayout
 from expertflow_quant.formats.spec import Format
+from expertflow_quant.models.processor import ImageProcessor
 from expertflow_quant.models.seams import expert_modules, expert_parameters, expert_shape, top_k
 
-VOCABULARY = 128
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VISION_START, VISION_END, IMAGE, VIDEO = 3, 4, 5, 6
+VOCABULARY = 256 + len(SPECIALS)
+CHAT_TEMPLATE = """\
+{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string %}{{- message['content'] }}
+{%- else %}{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else %}{{- part['text'] }}{%- endif %}
+{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
 TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -32,7 +53,6 @@ TEXT = {
     "pad_token_id": 0,
 }
 MOE = {"moe_intermediate_size": 48, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2}
-IMAGE, VISION_START, VISION_END = 120, 122, 123
 
 FAMILIES = ("qwen3_vl_moe", "qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3")
 
@@ -60,7 +80,7 @@ def bf16_experts(model: Any) -> Any:
 def model_inputs(family: str, rows: int = 2, length: int = 12, seed: int = 1) -> dict[str, Tensor]:
     """A batch of random prompts, with an image in each for the vision-language family."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 100, (rows, length), generator=generator)
+    ids = torch.randint(len(SPECIALS), VOCABULARY, (rows, length), generator=generator)
     if family != "qwen3_vl_moe":
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     image = torch.tensor([[VISION_START, *[IMAGE] * 16, VISION_END]]).repeat(rows, 1)
@@ -74,8 +94,43 @@ def model_inputs(family: str, rows: int = 2, length: int = 12, seed: int = 1) ->
     }
 
 
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Every byte is a token, after the specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: index for index, text in enumerate([*SPECIALS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIALS),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_processor(family: str, folder: Path) -> None:
+    """The family's processor: byte tokens, and images in patches of 4 for the vision-language one."""
+    tokenizer = byte_tokenizer()
+    if family != "qwen3_vl_moe":
+        tokenizer.save_pretrained(folder)
+        return
+    images = transformers.Qwen2VLImageProcessor(
+        patch_size=4,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64},
+    )
+    ImageProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"processor_class": "Qwen3VLProcessor"}))
+
+
 def write_checkpoint(model: Any, folder: Path, format_of: FormatOf, input_scale: bool = False) -> Path:
-    """A checkpoint of ``model`` by plain rounding, expert (layer, index) in format ``format_of(layer, index)``."""
+    """A checkpoint of ``model`` by plain rounding, expert (layer, index) in format ``format_of(layer,
+    index)``."""
     writer = CheckpointWriter(folder, {"test": True})
     kept = dict(model.state_dict())
     for layer, (name, module) in enumerate(expert_modules(model)):
@@ -96,7 +151,8 @@ def write_checkpoint(model: Any, folder: Path, format_of: FormatOf, input_scale:
 
 
 def dequantized(model: Any, format_of: FormatOf, input_scale: bool = False) -> Any:
-    """A plain copy of ``model`` whose expert weights are what ``write_checkpoint`` stored, decoded by hand."""
+    """A plain copy of ``model`` whose expert weights are what ``write_checkpoint`` stored, decoded by
+    hand."""
     twin = copy.deepcopy(model)
     for layer, (_, module) in enumerate(expert_modules(twin)):
         for expert in range(module.num_experts):
@@ -107,7 +163,9 @@ def dequantized(model: Any, format_of: FormatOf, input_scale: bool = False) -> A
                 if weight.ndim == 1:
                     weight = weight.bfloat16().float()
                 else:
-                    weight = _decoded(weight, Format.parse(format_of(layer, expert)), scale if key == "gate_up" else None)
+                    weight = _decoded(
+                        weight, Format.parse(format_of(layer, expert)), scale if key == "gate_up" else None
+                    )
                     weight = weight.T if module.is_transposed else weight
                 module.get_parameter(parameter).data[expert] = weight
     return twin
@@ -150,7 +208,9 @@ def _weights(module: Any, expert: int) -> dict[str, Tensor]:
         key: module.get_parameter(name).detach()[expert].float()
         for key, name in expert_parameters(module).items()
     }
-    return {key: value.T if value.ndim == 2 and module.is_transposed else value for key, value in found.items()}
+    return {
+        key: value.T if value.ndim == 2 and module.is_transposed else value for key, value in found.items()
+    }
 
 
 def _scale(weight: Tensor) -> Tensor:
@@ -192,7 +252,7 @@ def _qwen3_vl_moe() -> Any:
         text_config=text,
         vision_config=vision,
         image_token_id=IMAGE,
-        video_token_id=IMAGE + 1,
+        video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
         tie_word_embeddings=True,

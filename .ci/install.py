@@ -109,6 +109,8 @@ def python_version(path: str) -> tuple[int, ...] | None:
 
 
 def make_venv(python: str, venv: Path) -> None:
+    if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
+        stop(f"{venv} holds something that is not a virtual environment: move it, or name another: VENV=...")
     subprocess.run([python, "-m", "venv", "--clear", str(venv)], check=True)
 
 

@@ -1,4 +1,4 @@
-"""What the installer decides: which interpreter, which torch, and where torchvision goes. Nothing is installed."""
+"""What the installer decides: interpreter, build of torch, place of torchvision. Nothing is installed."""
 
 import importlib.util
 from pathlib import Path

@@ -138,7 +138,7 @@ def build_model(kind: str, processor: ImageProcessor) -> Any:
         intermediate_size=TOP_K * INTERMEDIATE,
         rope_parameters={
             "rope_type": "default",
-            "rope_theta": 10000.0,
+            "rope_theta": 500.0,
             "mrope_section": [HEAD_DIM // 2 - 2 * section, section, section],
             "mrope_interleaved": True,
         },

@@ -17,6 +17,7 @@ from calibration.shipped.architecture import MERGE, PATCH
 from expertflow_quant.samples import Question, Sheet, make_sheet
 from expertflow_quant.samples.canvas import SIZE
 from expertflow_quant.samples.item import SUFFIX
+from expertflow_quant.samples.words import COLORS
 
 QUESTIONS = 8
 # With the prefix's 149 tokens both give key lengths that are multiples of 16, as fast attention kernels want.
@@ -32,6 +33,8 @@ READ = "Read the text in the image."
 CHARACTERS = string.digits + string.ascii_letters + ".,:-/$%'"
 CHAR_ID = {c: i + 1 for i, c in enumerate(CHARACTERS)}
 CHAR_CLASSES = len(CHARACTERS) + 1
+COLOR_ID = {name: i + 1 for i, name in enumerate(COLORS)}
+GLYPHS = ("patch_char", "cell_word", "cell_row", "cell_column", "cell_color")
 TASKS = ("chart", "document")
 
 
@@ -52,6 +55,9 @@ class Layout:
             "label": ((n, LABELS), np.int16),
             "patch_char": ((n, PATCHES), np.uint8),
             "cell_word": ((n, CELLS, WORD), np.uint8),
+            "cell_row": ((n, CELLS, WORD), np.uint8),
+            "cell_column": ((n, CELLS, WORD), np.uint8),
+            "cell_color": ((n, CELLS), np.uint8),
         }
 
     @property
@@ -74,35 +80,46 @@ def transcript(sheet: Sheet) -> str:
     return " ".join(run.text for run in runs)
 
 
-def glyph_labels(sheet: Sheet, patch_char: np.ndarray, cell_word: np.ndarray) -> None:
-    """For each patch the character whose centre lies in it, for each cell the word it shows; 0 where there is none.
+def spelled(word: str) -> list[int]:
+    """The class of each of a word's first WORD characters."""
+    return [CHAR_ID.get(c, 0) for c in word[:WORD]]
 
-    Both in the image processor's order: cells row by row, the patches of a cell together.
+
+def glyph_labels(sheet: Sheet, out: dict[str, np.ndarray]) -> None:
+    """What is shown where, 0 where nothing is, in the image processor's order (cell by cell, its patches together).
+
+    For each patch the character whose centre lies in it; for each cell the word it shows, the first words of the row
+    and the column that this word is the value of, and the colour of its mark.
     """
-    patch_char[:] = 0
-    cell_word[:] = 0
+    for array in out.values():
+        array[:] = 0
     per_row = SIZE // CELL
     nearest = np.full(CELLS, 1e9)
     for run in sheet.canvas.runs:
-        words = {}
-        start = 0
+        if not 0 <= run.y < SIZE:
+            continue
+        belongs = [spelled(name.split(" ")[0]) for name in (run.row, run.column)]
+        color = COLOR_ID.get(run.color, 0)
+        at = 0
         for word in run.text.split(" "):
-            codes = [CHAR_ID.get(c, 0) for c in word[:WORD]]
-            for i in range(start, start + len(word)):
-                words[i] = codes
-            start += len(word) + 1
-        for i, x in enumerate(run.centres):
-            if i not in words or not (0 <= x < SIZE and 0 <= run.y < SIZE):
-                continue
-            row, column = int(run.y) // CELL, int(x) // CELL
-            cell = row * per_row + column
-            inner = (int(run.y) % CELL) // PATCH * MERGE + (int(x) % CELL) // PATCH
-            patch_char[cell * MERGE**2 + inner] = CHAR_ID.get(run.text[i], 0)
-            off = abs(x - (column + 0.5) * CELL) + abs(run.y - (row + 0.5) * CELL)
-            if off < nearest[cell]:
-                nearest[cell] = off
-                cell_word[cell] = 0
-                cell_word[cell, : len(words[i])] = words[i]
+            codes = spelled(word)
+            for i in range(at, at + len(word)):
+                x = run.centres[i]
+                if not 0 <= x < SIZE:
+                    continue
+                row, column = int(run.y) // CELL, int(x) // CELL
+                cell = row * per_row + column
+                inner = (int(run.y) % CELL) // PATCH * MERGE + (int(x) % CELL) // PATCH
+                out["patch_char"][cell * MERGE**2 + inner] = CHAR_ID.get(run.text[i], 0)
+                off = abs(x - (column + 0.5) * CELL) + abs(run.y - (row + 0.5) * CELL)
+                if off < nearest[cell]:
+                    nearest[cell] = off
+                    names = zip(("cell_word", "cell_row", "cell_column"), (codes, *belongs), strict=True)
+                    for name, value in names:
+                        out[name][cell] = 0
+                        out[name][cell, : len(value)] = value
+                    out["cell_color"][cell] = color
+            at += len(word) + 1
 
 
 class Encoder:
@@ -148,7 +165,7 @@ class Encoder:
             label[used : used + count] = ids[len(question) :]
             used += count
         out["image"][row] = np.asarray(sheet.canvas.image)
-        glyph_labels(sheet, out["patch_char"][row], out["cell_word"][row])
+        glyph_labels(sheet, {name: out[name][row] for name in GLYPHS})
         return asked
 
 

@@ -1,8 +1,8 @@
 """Train the shipped models: `python -m calibration.shipped.train moe|dense OUT`.
 
 Two stages. The tower stage teaches the vision tower to name, for each patch, the character it shows and, for each
-cell, the word (two linear heads that are dropped afterwards): dense supervision that makes reading appear within
-minutes where questions alone stay at answer priors. The joint stage trains everything on questions, on a
+cell, the word, what the word is the value of, and its mark's colour (linear heads that are dropped afterwards): dense
+supervision that makes reading appear within minutes where questions alone stay at answer priors. The joint stage trains everything on questions, on a
 transcription of each picture and, with a falling weight, on the heads. On a GPU each step is one CUDA graph.
 """
 
@@ -98,30 +98,52 @@ class Pool:
         return (rows + start * self.count) % (self.blocks * self.count)
 
 
+WORDS = ("word", "row", "column")
+
+
 class Heads(torch.nn.Module):
-    """The two heads of the tower stage: patch -> character, cell -> the characters of its word."""
+    """The heads of the tower stage: patch -> its character; cell -> its word, that word's row, column and colour."""
 
     def __init__(self) -> None:
         super().__init__()
         self.char = torch.nn.Linear(VISION["hidden_size"], feed.CHAR_CLASSES)
-        self.word = torch.nn.Linear(HIDDEN, feed.WORD * feed.CHAR_CLASSES)
+        for name in WORDS:
+            setattr(self, name, torch.nn.Linear(HIDDEN, feed.WORD * feed.CHAR_CLASSES))
+        self.color = torch.nn.Linear(HIDDEN, len(feed.COLOR_ID) + 1)
 
 
 def glyph_loss(
     heads: dict[str, Tensor], patches: Tensor, cells: Tensor, batch: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Cross entropy of both heads, and the share of words that are right."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Cross entropy of all heads, and the shares of words, rows, columns and colours that are right."""
     chars = batch["patch_char"].long()
     logits = F.linear(patches, heads["char.weight"], heads["char.bias"]).float()
     each = F.cross_entropy(logits.flatten(0, 1), chars.flatten(), reduction="none")
     inked = (chars.flatten() > 0).float()
-    char = (each * inked).sum() / inked.sum().clamp_min(1) + 0.2 * (each * (1 - inked)).mean()
-    words = batch["cell_word"].long()
-    logits = F.linear(cells, heads["word.weight"], heads["word.bias"]).float().unflatten(-1, (feed.WORD, -1))
-    shown = (words[..., 0] > 0).float()
-    each = F.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none").view(words.shape).mean(-1)
-    right = ((logits.argmax(-1) == words).all(-1) * shown).sum() / shown.sum()
-    return char + 2 * (each * shown).sum() / shown.sum().clamp_min(1), right.detach()
+    total = (each * inked).sum() / inked.sum().clamp_min(1) + 0.2 * (each * (1 - inked)).mean()
+    shares = []
+    for name in WORDS:
+        words = batch[f"cell_{name}"].long()
+        logits = (
+            F.linear(cells, heads[f"{name}.weight"], heads[f"{name}.bias"])
+            .float()
+            .unflatten(-1, (feed.WORD, -1))
+        )
+        shown = (words[..., 0] > 0).float()
+        each = (
+            F.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none")
+            .view(words.shape)
+            .mean(-1)
+        )
+        total = total + 2 * (each * shown).sum() / shown.sum().clamp_min(1)
+        shares.append(((logits.argmax(-1) == words).all(-1) * shown).sum() / shown.sum().clamp_min(1))
+    colors = batch["cell_color"].long()
+    logits = F.linear(cells, heads["color.weight"], heads["color.bias"]).float()
+    shown = (colors > 0).float()
+    each = F.cross_entropy(logits.flatten(0, 1), colors.flatten(), reduction="none").view(colors.shape)
+    total = total + (each * shown).sum() / shown.sum().clamp_min(1)
+    shares.append(((logits.argmax(-1) == colors) * shown).sum() / shown.sum().clamp_min(1))
+    return total, [share.detach() for share in shares]
 
 
 def answer_loss(
@@ -171,20 +193,20 @@ class Trainer:
         """Loss of the tower stage."""
         p = self._half((n, p) for n, p in self.params.items() if ".visual." in n)
         patches, cells, _ = forward.tower(p, batch["image"], self.constants, self.block)
-        loss, right = glyph_loss(self._half(self.heads.named_parameters()), patches, cells, batch)
-        return loss, [loss.detach(), right]
+        loss, shares = glyph_loss(self._half(self.heads.named_parameters()), patches, cells, batch)
+        return loss, [loss.detach(), *shares]
 
     def joint_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Loss of the joint stage."""
         p = self._half(self.params.items())
         patches, cells, deep = forward.tower(p, batch["image"], self.constants, self.block)
-        glyphs, right = glyph_loss(self._half(self.heads.named_parameters()), patches, cells, batch)
+        glyphs, shares = glyph_loss(self._half(self.heads.named_parameters()), patches, cells, batch)
         hidden, balance = forward.decoder(
             p, batch["tokens"].long(), cells, deep, self.constants, self.attend, self.experts
         )
         loss, answers, _ = answer_loss(hidden, p[self.table], batch, self.weights[0])
         total = loss + self.weights[1] * glyphs + self.recipe["balance"] * balance
-        return total, [total.detach(), answers, right, balance.detach()]
+        return total, [total.detach(), answers, balance.detach(), *shares]
 
     def run(
         self,
@@ -342,6 +364,7 @@ def main() -> None:
     parser.add_argument(
         "--tower", type=Path, help="start from this trained tower (tower.safetensors of an earlier run)"
     )
+    parser.add_argument("--more-tower", action="store_true", help="train the tower given by --tower further")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--set", action="append", default=[], help="override, as joint.steps=100")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -377,7 +400,7 @@ def main() -> None:
                 for name, tensor in kept.items():
                     own = trainer.params.get(name)
                     (trainer.heads.get_parameter(name[6:]) if own is None else own).copy_(tensor)
-        else:
+        if not args.tower or args.more_tower:
             trainer.run("tower", pool, log, dict)
             kept = {n: p.detach().cpu() for n, p in trainer.params.items() if ".visual." in n}
             kept |= {f"heads.{n}": p.detach().cpu() for n, p in trainer.heads.named_parameters()}

@@ -19,7 +19,9 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     if name == "Aileron":
         font = ImageFont.load_default(size)
         if not isinstance(font, ImageFont.FreeTypeFont):
-            raise RuntimeError("Pillow was built without FreeType: the samples cannot be drawn; install a Pillow wheel")
+            raise RuntimeError(
+                "Pillow was built without FreeType: the samples cannot be drawn; install a Pillow wheel"
+            )
         return font
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
@@ -40,11 +42,17 @@ def text_mask(name: str, size: int, text: str) -> tuple[Image.Image, tuple[float
 
 @dataclass(frozen=True)
 class TextRun:
-    """A drawn text: the centre of each character in pixels, all on the line y."""
+    """A drawn text: the centre of each character in pixels, all on the line y, and what the text belongs to.
+
+    `row` and `column` name what a value is the value of; `color` the colour of the mark that the text labels.
+    """
 
     text: str
     centres: tuple[float, ...]
     y: float
+    row: str = ""
+    column: str = ""
+    color: str = ""
 
 
 @dataclass
@@ -66,12 +74,25 @@ class Canvas:
         return text_mask(font or self.font, size, text)[0].width
 
     def text(
-        self, x: float, y: float, text: str, size: int, *, anchor: str = "l", fill: Color = BLACK, font: str | None = None
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: int,
+        *,
+        anchor: str = "l",
+        fill: Color = BLACK,
+        font: str | None = None,
+        row: str = "",
+        column: str = "",
+        color: str = "",
     ) -> int:
         """Draw with the top at y and the left, middle or right edge at x ("l", "m", "r"); returns the width."""
         mask, centres, height = text_mask(font or self.font, size, text)
         left = round(x - {"l": 0.0, "m": mask.width / 2, "r": float(mask.width)}[anchor])
         top = round(y)
         self.image.paste(fill, (left, top), mask)
-        self.runs.append(TextRun(text, tuple(left + c for c in centres), top + height / 2))
+        self.runs.append(
+            TextRun(text, tuple(left + c for c in centres), top + height / 2, row, column, color)
+        )
         return mask.width

@@ -11,7 +11,15 @@ from expertflow_quant.samples.item import Question
 
 Box = tuple[float, float, float, float]
 WHITE: Color = (255, 255, 255)
-TINTS: tuple[Color, ...] = (WHITE, WHITE, WHITE, (250, 250, 244), (244, 248, 252), (248, 244, 250), (240, 240, 240))
+TINTS: tuple[Color, ...] = (
+    WHITE,
+    WHITE,
+    WHITE,
+    (250, 250, 244),
+    (244, 248, 252),
+    (248, 244, 250),
+    (240, 240, 240),
+)
 TEXT_FONTS = ("Aileron", "Aileron", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")
 
 
@@ -92,20 +100,24 @@ def axes(canvas: Canvas, style: Style, box: Box) -> None:
     canvas.draw.line([(x0, y0), (x0, y1), (x1, y1)], fill=style.ink)
 
 
-def legend(canvas: Canvas, style: Style, y: float, names: list[str], colors: list[Color]) -> None:
+def legend(
+    canvas: Canvas, style: Style, y: float, names: list[str], hues: list[str], colors: list[Color]
+) -> None:
     """Names with their colours on one line, centred."""
     widths = [canvas.width(name, style.size) + 18 for name in names]
     x = (SIZE - sum(widths)) / 2
-    for name, width, color in zip(names, widths, colors, strict=True):
+    for name, width, hue, color in zip(names, widths, hues, colors, strict=True):
         canvas.draw.rectangle([x, y + 3, x + 8, y + 11], fill=color)
-        canvas.text(x + 11, y, name, style.size, fill=style.ink)
+        canvas.text(x + 11, y, name, style.size, fill=style.ink, color=hue)
         x += width
 
 
 def rectangle(canvas: Canvas, style: Style, box: Box, color: Color) -> None:
     """A filled bar."""
     x0, y0, x1, y1 = box
-    canvas.draw.rectangle([x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)], fill=color, outline=style.ink if style.outline else None)
+    canvas.draw.rectangle(
+        [x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)], fill=color, outline=style.ink if style.outline else None
+    )
 
 
 def draw_bars(rng: random.Random, canvas: Canvas, style: Style, top: float) -> Table:
@@ -127,8 +139,12 @@ def draw_bars(rng: random.Random, canvas: Canvas, style: Style, top: float) -> T
             y = top + slot * i
             end = left + (box[2] - left) * float(values[i]) / high
             rectangle(canvas, style, (left, y + slot * 0.2, end, y + slot * 0.8), fills[i])
-            canvas.text(left - 4, y + slot / 2 - 7, name, style.size, anchor="r", fill=style.ink)
-            canvas.text(end + 3, y + slot / 2 - 7, values[i], style.size, fill=style.ink)
+            canvas.text(
+                left - 4, y + slot / 2 - 7, name, style.size, anchor="r", fill=style.ink, color=colors[i]
+            )
+            canvas.text(
+                end + 3, y + slot / 2 - 7, values[i], style.size, fill=style.ink, row=name, color=colors[i]
+            )
     else:
         box = (8.0, top + 14, SIZE - 6.0, SIZE - 20.0)
         axes(canvas, style, box)
@@ -138,8 +154,19 @@ def draw_bars(rng: random.Random, canvas: Canvas, style: Style, top: float) -> T
             x = box[0] + slot * i
             y = box[3] - (box[3] - box[1]) * float(values[i]) / high
             rectangle(canvas, style, (x + gap, y, x + slot - gap, box[3]), fills[i])
-            canvas.text(x + slot / 2, y - 14, values[i], style.size, anchor="m", fill=style.ink)
-            canvas.text(x + slot / 2, box[3] + 2, name, style.size, anchor="m", fill=style.ink)
+            canvas.text(
+                x + slot / 2,
+                y - 14,
+                values[i],
+                style.size,
+                anchor="m",
+                fill=style.ink,
+                row=name,
+                color=colors[i],
+            )
+            canvas.text(
+                x + slot / 2, box[3] + 2, name, style.size, anchor="m", fill=style.ink, color=colors[i]
+            )
     return Table(noun, names, [], [[v] for v in values], [] if one_color else colors)
 
 
@@ -162,7 +189,7 @@ def draw_line(rng: random.Random, canvas: Canvas, style: Style, top: float) -> T
         canvas.draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
         half = canvas.width(value, style.size) / 2
         canvas.draw.rectangle([x - half, y - 15, x + half, y - 5], fill=canvas.background)
-        canvas.text(x, y - 17, value, style.size, anchor="m", fill=style.ink)
+        canvas.text(x, y - 17, value, style.size, anchor="m", fill=style.ink, row=name)
         canvas.text(x, box[3] + 3, name, style.size, anchor="m", fill=style.ink)
     return Table(noun, names, [], [[v] for v in values], [])
 
@@ -187,20 +214,22 @@ def draw_pie(rng: random.Random, canvas: Canvas, style: Style, top: float) -> Ta
     labels = []
     for part, fill in zip(parts, fills, strict=True):
         sweep = 360 * part / 100
-        canvas.draw.pieslice(bounds, angle, angle + sweep, fill=fill, outline=style.ink if style.outline else fill)
+        canvas.draw.pieslice(
+            bounds, angle, angle + sweep, fill=fill, outline=style.ink if style.outline else fill
+        )
         middle = math.radians(angle + sweep / 2)
         labels.append((centre[0] + 30 * math.cos(middle), centre[1] + 30 * math.sin(middle)))
         angle += sweep
     row = min(24.0, (SIZE - top - 16) / count)
     y = centre[1] - row * count / 2
-    for (lx, ly), name, part, fill in zip(labels, names, parts, fills, strict=True):
+    for (lx, ly), name, part, fill, hue in zip(labels, names, parts, fills, colors, strict=True):
         canvas.draw.rectangle([106, y + 3, 114, y + 11], fill=fill)
-        width = canvas.text(118, y, name, style.size, fill=style.ink)
+        width = canvas.text(118, y, name, style.size, fill=style.ink, color=hue)
         if in_legend:
-            canvas.text(118 + width + 4, y, str(part), style.size, fill=style.ink)
+            canvas.text(118 + width + 4, y, str(part), style.size, fill=style.ink, row=name, color=hue)
         else:
             canvas.draw.rectangle([lx - 9, ly - 7, lx + 9, ly + 7], fill=WHITE)
-            canvas.text(lx, ly - 7, str(part), style.size, anchor="m")
+            canvas.text(lx, ly - 7, str(part), style.size, anchor="m", row=name, color=hue)
         y += row
     return Table(noun, names, [], [[str(p)] for p in parts], colors)
 
@@ -212,8 +241,9 @@ def draw_groups(rng: random.Random, canvas: Canvas, style: Style, top: float) ->
     series = rng.sample(words.SERIES, 2)
     flat = [str(v) for v in rng.sample(range(3, 100), 2 * count)]
     values = [flat[2 * i : 2 * i + 2] for i in range(count)]
-    fills = [shade(rng, c) for c in rng.sample(list(words.COLORS), 2)]
-    legend(canvas, style, top, series, fills)
+    hues = rng.sample(list(words.COLORS), 2)
+    fills = [shade(rng, c) for c in hues]
+    legend(canvas, style, top, series, hues, fills)
     box = (8.0, top + 30, SIZE - 6.0, SIZE - 20.0)
     axes(canvas, style, box)
     slot = (box[2] - box[0]) / count
@@ -223,7 +253,17 @@ def draw_groups(rng: random.Random, canvas: Canvas, style: Style, top: float) ->
             x = box[0] + slot * i + slot * (0.08 + 0.42 * j)
             y = box[3] - (box[3] - box[1]) * float(values[i][j]) / high
             rectangle(canvas, style, (x, y, x + slot * 0.38, box[3]), fills[j])
-            canvas.text(x + slot * 0.2, y - 14, values[i][j], style.size, anchor="m", fill=style.ink)
+            canvas.text(
+                x + slot * 0.2,
+                y - 14,
+                values[i][j],
+                style.size,
+                anchor="m",
+                fill=style.ink,
+                row=name,
+                column=series[j],
+                color=hues[j],
+            )
         canvas.text(box[0] + slot * (i + 0.5), box[3] + 2, name, style.size, anchor="m", fill=style.ink)
     return Table(noun, names, series, values, [])
 
@@ -234,8 +274,9 @@ def draw_stacks(rng: random.Random, canvas: Canvas, style: Style, top: float) ->
     noun, names = pick_names(rng, count, 6)
     series = rng.sample(words.SERIES, 2)
     values = [[str(rng.randint(12, 60)) for _ in range(2)] for _ in range(count)]
-    fills = [shade(rng, c) for c in rng.sample(list(words.COLORS), 2)]
-    legend(canvas, style, top, series, fills)
+    hues = rng.sample(list(words.COLORS), 2)
+    fills = [shade(rng, c) for c in hues]
+    legend(canvas, style, top, series, hues, fills)
     box = (8.0, top + 18, SIZE - 6.0, SIZE - 20.0)
     axes(canvas, style, box)
     slot = (box[2] - box[0]) / count
@@ -247,7 +288,16 @@ def draw_stacks(rng: random.Random, canvas: Canvas, style: Style, top: float) ->
             rectangle(canvas, style, (x + slot * 0.15, bottom - height, x + slot * 0.85, bottom), fills[j])
             middle = bottom - height / 2
             canvas.draw.rectangle([x + slot / 2 - 9, middle - 6, x + slot / 2 + 9, middle + 7], fill=WHITE)
-            canvas.text(x + slot / 2, middle - 7, values[i][j], style.size, anchor="m")
+            canvas.text(
+                x + slot / 2,
+                middle - 7,
+                values[i][j],
+                style.size,
+                anchor="m",
+                row=name,
+                column=series[j],
+                color=hues[j],
+            )
             bottom -= height
         canvas.text(x + slot / 2, box[3] + 2, name, style.size, anchor="m", fill=style.ink)
     return Table(noun, names, series, values, [])
@@ -292,7 +342,9 @@ def ask_simple(rng: random.Random, table: Table, family: str) -> list[Question]:
     asked.append(Question("count", f"How many {MARK[family]}s are shown in the chart?", (str(len(names)),)))
     if table.colors:
         for i in rng.sample(rows, 2):
-            asked.append(Question("color", f"What color is the {names[i]} {MARK[family]}?", (table.colors[i],)))
+            asked.append(
+                Question("color", f"What color is the {names[i]} {MARK[family]}?", (table.colors[i],))
+            )
             asked.append(Question("name", f"Which {table.noun} is shown in {table.colors[i]}?", (names[i],)))
     for _ in range(2):
         i, j = rng.sample(rows, 2)
@@ -303,7 +355,9 @@ def ask_simple(rng: random.Random, table: Table, family: str) -> list[Question]:
         asked.append(Question("sum", f"What is the sum of {names[i]} and {names[j]}?", (total,)))
         i, j = rng.sample(rows, 2)
         gap = as_printed(abs(table.number(i) - table.number(j)))
-        asked.append(Question("difference", f"What is the difference between {names[i]} and {names[j]}?", (gap,)))
+        asked.append(
+            Question("difference", f"What is the difference between {names[i]} and {names[j]}?", (gap,))
+        )
     return asked
 
 
@@ -321,10 +375,18 @@ def ask_series(rng: random.Random, table: Table) -> list[Question]:
         if len(set(column)) < len(column):
             continue
         asked.append(
-            Question("name", f"Which {table.noun} has the highest value of {series[j]}?", (names[column.index(max(column))],))
+            Question(
+                "name",
+                f"Which {table.noun} has the highest value of {series[j]}?",
+                (names[column.index(max(column))],),
+            )
         )
         asked.append(
-            Question("name", f"Which {table.noun} has the lowest value of {series[j]}?", (names[column.index(min(column))],))
+            Question(
+                "name",
+                f"Which {table.noun} has the lowest value of {series[j]}?",
+                (names[column.index(min(column))],),
+            )
         )
     i = rng.choice(rows)
     total = as_printed(table.number(i, 0) + table.number(i, 1))
@@ -334,7 +396,9 @@ def ask_series(rng: random.Random, table: Table) -> list[Question]:
     if table.values[i][0] != table.values[i][1]:
         verdict = "Yes" if table.number(i, a) > table.number(i, b) else "No"
         asked.append(Question("compare", f"Is {series[a]} more than {series[b]} in {names[i]}?", (verdict,)))
-    asked.append(Question("count", f"How many {plural(table.noun)} are shown in the chart?", (str(len(names)),)))
+    asked.append(
+        Question("count", f"How many {plural(table.noun)} are shown in the chart?", (str(len(names)),))
+    )
     return asked
 
 

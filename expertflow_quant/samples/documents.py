@@ -7,7 +7,13 @@ from expertflow_quant.samples import words
 from expertflow_quant.samples.canvas import SIZE, Canvas, Color
 from expertflow_quant.samples.item import Question
 
-PAPERS: tuple[Color, ...] = ((255, 255, 255), (255, 255, 255), (252, 250, 240), (246, 246, 246), (240, 246, 252))
+PAPERS: tuple[Color, ...] = (
+    (255, 255, 255),
+    (255, 255, 255),
+    (252, 250, 240),
+    (246, 246, 246),
+    (240, 246, 252),
+)
 TEXT_FONTS = ("Aileron", "Aileron", "DejaVuSans", "DejaVuSerif")
 PAPER = 11
 GRAY: Color = (150, 150, 150)
@@ -59,16 +65,19 @@ def draw_form(rng: random.Random, canvas: Canvas, title: str) -> list[Question]:
         y = top + row * i + row / 2 - 8
         if layout == 0:
             width = canvas.text(8, y, label + ":", PAPER)
-            canvas.text(8 + width + 5, y, known[label], PAPER)
+            canvas.text(8 + width + 5, y, known[label], PAPER, row=label)
         elif layout == 1:
             canvas.text(8, y, label, PAPER)
             canvas.draw.rectangle([64, y - 2, SIZE - 8, y + 15], outline=GRAY)
-            canvas.text(69, y, known[label], PAPER)
+            canvas.text(69, y, known[label], PAPER, row=label)
         else:
             canvas.text(8, y, label, PAPER)
-            canvas.text(SIZE - 8, y, known[label], PAPER, anchor="r")
+            canvas.text(SIZE - 8, y, known[label], PAPER, anchor="r", row=label)
             canvas.draw.line([(6, y + 17), (SIZE - 6, y + 17)], fill=(215, 215, 215))
-    asked = [Question("date" if f == "Date" else "field", f"What is the {f.lower()} on the form?", (known[f],)) for f in fields]
+    asked = [
+        Question("date" if f == "Date" else "field", f"What is the {f.lower()} on the form?", (known[f],))
+        for f in fields
+    ]
     return [*asked, Question("title", "What is the title of the form?", (title,))]
 
 
@@ -78,7 +87,7 @@ def draw_invoice(rng: random.Random, canvas: Canvas, title: str) -> list[Questio
     number, when, customer = code(rng), words.date(rng), words.person(rng)
     for i, (label, value) in enumerate((("Invoice", number), ("Date", when), ("Bill to", customer))):
         width = canvas.text(8, top + 15 * i, label + ":", PAPER)
-        canvas.text(8 + width + 5, top + 15 * i, value, PAPER)
+        canvas.text(8 + width + 5, top + 15 * i, value, PAPER, row=label)
     goods = rng.sample(words.PRODUCTS, rng.randint(2, 4))
     counts = [rng.randint(1, 9) for _ in goods]
     prices = [price(rng) for _ in goods]
@@ -89,13 +98,13 @@ def draw_invoice(rng: random.Random, canvas: Canvas, title: str) -> list[Questio
     for i, name in enumerate(goods):
         y = top + 19 + 16 * i
         canvas.text(8, y, name, PAPER)
-        canvas.text(92, y, str(counts[i]), PAPER, anchor="m")
-        canvas.text(SIZE - 8, y, money(prices[i]), PAPER, anchor="r")
+        canvas.text(92, y, str(counts[i]), PAPER, anchor="m", row=name, column="Qty")
+        canvas.text(SIZE - 8, y, money(prices[i]), PAPER, anchor="r", row=name, column="Price")
     y = top + 24 + 16 * len(goods)
     canvas.draw.line([(100, y - 2), (SIZE - 6, y - 2)], fill=GRAY)
     total = money(sum(prices))
     canvas.text(104, y, "Total", PAPER)
-    canvas.text(SIZE - 8, y, total, PAPER, anchor="r")
+    canvas.text(SIZE - 8, y, total, PAPER, anchor="r", row="Total")
     asked = [
         Question("field", "What is the invoice number?", (number,)),
         Question("date", "What is the date of the invoice?", (when,)),
@@ -153,7 +162,7 @@ def draw_table(rng: random.Random, canvas: Canvas, title: str) -> list[Question]
         y = top + row * (i + 1)
         canvas.text(8, y, name, PAPER)
         for j, x in enumerate(edges):
-            canvas.text(x, y, cells[i][j], PAPER, anchor="r")
+            canvas.text(x, y, cells[i][j], PAPER, anchor="r", row=name, column=columns[j])
         if ruled:
             canvas.draw.line([(5, y + 16), (SIZE - 5, y + 16)], fill=(215, 215, 215))
     asked = [
@@ -176,16 +185,19 @@ def draw_receipt(rng: random.Random, canvas: Canvas, title: str) -> list[Questio
     prices = [price(rng) for _ in goods]
     for i, name in enumerate(goods):
         canvas.text(8, 44 + 17 * i, name, size)
-        canvas.text(SIZE - 8, 44 + 17 * i, money(prices[i]), size, anchor="r")
+        canvas.text(SIZE - 8, 44 + 17 * i, money(prices[i]), size, anchor="r", row=name)
     y = 50 + 17 * len(goods)
     canvas.draw.line([(6, y - 3), (SIZE - 6, y - 3)], fill=GRAY)
     total = money(sum(prices))
     canvas.text(8, y, "TOTAL", size)
-    canvas.text(SIZE - 8, y, total, size, anchor="r")
+    canvas.text(SIZE - 8, y, total, size, anchor="r", row="TOTAL")
     means = rng.choice(("Cash", "Card", "Check", "Voucher"))
     canvas.text(8, y + 18, "Paid by", size)
-    canvas.text(SIZE - 8, y + 18, means, size, anchor="r")
-    asked = [Question("price", f"What is the price of {name}?", (money(p),)) for name, p in zip(goods, prices, strict=True)]
+    canvas.text(SIZE - 8, y + 18, means, size, anchor="r", row="Paid")
+    asked = [
+        Question("price", f"What is the price of {name}?", (money(p),))
+        for name, p in zip(goods, prices, strict=True)
+    ]
     return [
         *asked,
         Question("total", "What is the total of the receipt?", (total,)),
@@ -197,7 +209,9 @@ def draw_receipt(rng: random.Random, canvas: Canvas, title: str) -> list[Questio
     ]
 
 
-FAMILIES: dict[str, tuple[Callable[[random.Random], str], Callable[[random.Random, Canvas, str], list[Question]]]] = {
+FAMILIES: dict[
+    str, tuple[Callable[[random.Random], str], Callable[[random.Random, Canvas, str], list[Question]]]
+] = {
     "form": (words.form_title, draw_form),
     "invoice": (words.company, draw_invoice),
     "letter": (words.company, draw_letter),

@@ -43,7 +43,9 @@ def _title(rng: random.Random, make: Callable[[random.Random], str], split: str)
 def make_sheet(task: str, split: str, seed: int | str) -> Sheet:
     """The sheet of a task, split and seed: the same on every machine but for the ink of the installed FreeType."""
     if task not in TASKS or split not in SPLITS:
-        raise ExpertFlowError(f"task {task!r}, split {split!r}: tasks are {TASKS}, splits are {SPLITS}; use one of them")
+        raise ExpertFlowError(
+            f"task {task!r}, split {split!r}: tasks are {TASKS}, splits are {SPLITS}; use one of them"
+        )
     rng = random.Random(f"{task}/{split}/{seed}")
     if task == "chart":
         title = _title(rng, words.chart_title, split)
@@ -71,7 +73,9 @@ def _items(task: str, split: str, seed: int, per_image: int) -> Iterator[Item]:
         for i, kind in enumerate(kinds):
             asked = rng.choice(by_kind[kind])
             name = f"{task}-{split}-{seed}-{number:05d}-{i}"
-            yield Item(name, task, kind, sheet.family, split, image, key, asked.text, asked.answers, sheet.title)
+            yield Item(
+                name, task, kind, sheet.family, split, image, key, asked.text, asked.answers, sheet.title
+            )
         number += 1
 
 

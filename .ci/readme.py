@@ -7,10 +7,12 @@ first line of the module's docstring. A file that cannot be described in one lin
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -50,7 +52,25 @@ def replace_part(text: str, name: str, content: str) -> str:
 
 
 def demo_table() -> str:
-    return "\n"
+    """The demo's last table as Markdown, with what made it."""
+    if not DEMO.exists():
+        return "\nNo figures yet: `python -m eval.demo --record` writes them.\n\n"
+    demo = json.loads(DEMO.read_text(encoding="utf-8"))
+    columns, rows = demo["table"]["columns"], demo["table"]["rows"]
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    table = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return "\n".join(["", *table, "", _made(demo), ""]) + "\n"
+
+
+def _made(demo: dict[str, Any]) -> str:
+    made, settings, seconds = demo["made"], demo["settings"], sum(demo["seconds"].values())
+    packages = ", ".join(f"{name} {made['packages'][name]}" for name in ("torch", "transformers"))
+    return (
+        f"{settings['items']} held-out questions a task, expert memory {settings['expert_memory']}, "
+        f"{settings['workers']} processes side by side, {seconds:.0f} s in all, on {made['device']}; "
+        f"Python {made['python']}, {packages}. From `eval/results/demo.json`, where intervals, verdicts "
+        f"and the command stand too."
+    )
 
 
 def file_map() -> str:

@@ -57,6 +57,7 @@ class AWQResult:
     rounding_error: float
 
 
+@torch.no_grad()
 def search_awq(
     gate_up: Tensor,
     down: Tensor,
@@ -82,12 +83,16 @@ def search_awq(
     """
     require_int(format, "AWQ")
     _check(gate_up, down, inputs, weights, grid)
-    optional = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-    biases = {name: None if bias is None else bias.float() for name, bias in optional.items()}
-    require_finite(gate_up=gate_up, down=down, inputs=inputs, weights=weights)
-    require_finite(**{name: bias for name, bias in biases.items() if bias is not None})
     expert = _Expert(
-        gate_up.float(), down.float(), gate, inputs.float(), weights.float(), format, scales, **biases
+        gate_up=_plain("gate_up", gate_up),
+        down=_plain("down", down),
+        inputs=_plain("inputs", inputs),
+        weights=_plain("weights", weights),
+        gate=gate,
+        format=format,
+        scales=scales,
+        gate_up_bias=None if gate_up_bias is None else _plain("gate_up_bias", gate_up_bias),
+        down_bias=None if down_bias is None else _plain("down_bias", down_bias),
     )
     best = plain = expert.trial(0.0, 0.0, None)
     ratios = [step / grid for step in range(1, grid + 1)]
@@ -127,9 +132,9 @@ def _better(best: _Trial, other: _Trial) -> _Trial:
 class _Expert:
     gate_up: Tensor
     down: Tensor
-    gate: Gate
     inputs: Tensor
     weights: Tensor
+    gate: Gate
     format: Format
     scales: ScaleRule
     gate_up_bias: Tensor | None
@@ -203,6 +208,11 @@ class _Expert:
         output = functional.linear(self._inner_of(trial), trial.down.dequantize(), self.down_bias)
         change = (output - self.output) * self.weights.unsqueeze(-1)
         return replace(trial, error=float(change.square().sum()))
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    require_finite(**{name: tensor})
+    return tensor.to(torch.float32).contiguous()
 
 
 def _activity(inputs: Tensor, weights: Tensor) -> Tensor:

@@ -294,6 +294,22 @@ def test_options_switch_folding_and_clipping_off() -> None:
     assert result.error <= result.rounding_error
 
 
+def test_parameters_and_transposed_weights_are_taken_as_they_come() -> None:
+    gate_up, down, inputs, weights = case(hidden=64, inner=32, tokens=50)
+    format = Format.parse("int4-g32")
+    want = search_awq(gate_up, down, silu_gate, inputs, weights, format)
+    got = search_awq(
+        torch.nn.Parameter(gate_up),
+        down.T.contiguous().T,
+        silu_gate,
+        inputs.T.contiguous().T,
+        weights,
+        format,
+    )
+    assert got.error == pytest.approx(want.error, rel=1e-4)
+    assert (got.ratio, got.down_ratio, got.clipped) == (want.ratio, want.down_ratio, want.clipped)
+
+
 def test_rare_experts() -> None:
     gate_up, down, inputs, weights = case(hidden=32, inner=16, tokens=2)
     format = Format.parse("int4-g16")

@@ -90,6 +90,16 @@ def test_symmetric_zero_is_a_level_and_zero_weights_stay_zero() -> None:
         assert value[0, 8] == 0
 
 
+def test_parameters_and_transposed_weights_are_taken_as_they_come() -> None:
+    weight, format = weights(), Format.parse("int4-g8")
+    want = quantize_rtn(weight, format)
+    for given_weight in (torch.nn.Parameter(weight), weight.T.contiguous().T):
+        got = quantize_rtn(given_weight, format)
+        assert torch.equal(got.codes, want.codes)
+        assert got.codes.is_contiguous()
+        assert not got.scales.requires_grad
+
+
 def test_bf16_weights_round_like_their_float32_values() -> None:
     weight, format = weights().bfloat16(), Format.parse("int4-g8")
     assert torch.equal(quantize_rtn(weight, format).codes, quantize_rtn(weight.float(), format).codes)
@@ -106,6 +116,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
 def test_what_cannot_be_coded_is_refused() -> None:
     with pytest.raises(ExpertFlowError, match="group size 32 does not divide 24"):
         quantize_rtn(weights(), Format.parse("int4-g32"))
+    with pytest.raises(ExpertFlowError, match=r"weight \(2, 6, 24\) is not a matrix: pass \[out, in\]"):
+        quantize_rtn(torch.stack([weights(), weights()]), Format.parse("int4-g8"))
     with pytest.raises(ExpertFlowError, match="rounding makes integer codes, not bf16"):
         quantize_rtn(weights(), BF16)
     with pytest.raises(ExpertFlowError, match="use bf16"):

@@ -1,13 +1,14 @@
 """Write the generated parts of README.md: the demo's table, the file map (`make readme`; --check compares).
 
 The table comes from eval/results/demo.json. The map has a line for every folder and every file of code: the
-first line of the module's docstring. A file that cannot be described in one line is two files.
+first sentence of the module's docstring. A file that cannot be described in one sentence is two files.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,18 +20,21 @@ README = ROOT / "README.md"
 DEMO = ROOT / "eval" / "results" / "demo.json"
 # what has no docstring of its own
 DESCRIPTIONS = {
-    ".ci/": "what `make` and CI run",
+    ".ci/": "What `make` and CI run",
     ".ci/run": "CI's one command: `make test`",
-    ".ci/test.sh": "ruff, mypy, import floors, then pytest",
-    ".gitignore": "",
+    ".ci/test.sh": "Ruff, mypy, import floors, then pytest",
+    ".gitignore": "What git leaves alone",
     "LICENSE": "Apache-2.0",
     "Makefile": "`make demo`, `make test` and the small ones; `make help` lists them",
-    "README.md": "this page",
-    "pyproject.toml": "the build system and ruff's settings",
-    "setup.cfg": "metadata, dependencies, settings of pytest, mypy and the import floors",
-    "calibration/shipped/moe/": "the shipped Qwen3-VL-MoE, an ordinary transformers folder",
-    "calibration/shipped/dense/": "its dense twin, likewise",
-    "eval/results/": "the committed figures, as JSON and plots, with what made them",
+    "README.md": "This page",
+    "pyproject.toml": "The build system and ruff's settings",
+    "setup.cfg": "Metadata, dependencies, settings of pytest, mypy and the import floors",
+    "calibration/shipped/moe/": "The shipped Qwen3-VL-MoE, an ordinary transformers folder",
+    "calibration/shipped/dense/": "Its dense twin, likewise",
+    "expertflow_quant/": "The library; alone in the wheel",
+    "expertflow_quant/offload/": "Experts' memory: a store on the host, slots on the device, a policy",
+    "expertflow_quant/runtime/": "Load and run: the engine, its answers, its place in transformers",
+    "eval/results/": "The committed figures, as JSON and plots, with what made them",
 }
 CODE_ROOMS = ("expertflow_quant", "eval", "calibration")
 
@@ -86,7 +90,7 @@ def map_entries(files: list[str]) -> dict[str, str]:
     rooms = sorted(
         {path.split("/")[1] for path in files if path.startswith("tests/") and path.count("/") > 1}
     )
-    found = {"tests/": f"one folder for each room: {', '.join(rooms)}"} if rooms else {}
+    found = {"tests/": f"One folder for each room: {', '.join(rooms)}"} if rooms else {}
     for name in files:
         path = PurePosixPath(name)
         for folder in [*path.parents][-2::-1] if path.parts[0] != "tests" else []:
@@ -98,16 +102,15 @@ def map_entries(files: list[str]) -> dict[str, str]:
 
 
 def describe(name: str) -> str:
-    """One line about a file or folder: from the table above, else the first line of its docstring."""
+    """One line about a file or folder: from the table above, else its docstring's first sentence."""
     if name in DESCRIPTIONS:
         return DESCRIPTIONS[name]
     module = ROOT / name / "__init__.py" if name.endswith("/") else ROOT / name
     docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) if module.exists() else None
     if not docstring:
-        sys.exit(
-            f"{name} has no line for the file map: begin its docstring with one, or add it to .ci/readme.py"
-        )
-    return docstring.splitlines()[0].replace("``", "`")
+        sys.exit(f"{name} has no line for the file map: give it a docstring, or add it to .ci/readme.py")
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    return re.split(r"(?<=[^.])\. ", paragraph)[0].rstrip(".").replace("``", "`")
 
 
 def _indented(name: str) -> str:

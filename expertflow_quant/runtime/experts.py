@@ -43,7 +43,9 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     experts = _attached(module, hidden)
     with torch.no_grad():
         rows = _expert_rows(module, experts, hidden, top_k_index)
-        weighted = rows.view(*top_k_index.shape, -1).float() * top_k_weights.float().unsqueeze(-1)
+        weighted = rows.view(*top_k_index.shape, hidden.shape[1]).float() * top_k_weights.float().unsqueeze(
+            -1
+        )
         return weighted.sum(dim=1).to(hidden.dtype)
 
 

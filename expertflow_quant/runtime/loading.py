@@ -75,7 +75,8 @@ def _checked_device(device: str) -> torch.device:
         raise ExpertFlowError(f"device {device!r} is not known: use cpu, cuda or cuda:N") from None
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ExpertFlowError(
-            f"device {device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} of CUDA: use cpu"
+            f"device {device!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()}: "
+            "use cpu or install a torch built for CUDA"
         )
     return torch.device("cuda", target.index or 0) if target.type == "cuda" else target
 

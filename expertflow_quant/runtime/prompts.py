@@ -120,7 +120,7 @@ class PromptEncoder:
         for prompt, image in zip(prompts.prompt_tokens, prompts.image_tokens, strict=True):
             if self._context is not None and prompt + max_new_tokens > self._context:
                 raise PromptError(
-                    f"a prompt of {prompt} tokens ({image} of them image) and up to {max_new_tokens} new ones "
+                    f"a prompt of {prompt} tokens ({image} of them image) and {max_new_tokens} new ones "
                     f"exceed the model's context of {self._context}: shorten it"
                     + (f" or ask for at most {self._context - prompt}" if prompt < self._context else "")
                 )

@@ -96,7 +96,7 @@ class ExpertFlowQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
             raise ExpertFlowError(
                 f"device_map {device_map} spreads the model over several devices: its experts share one "
-                "cache on one device; give a single device, and expert_memory to say what experts may take of it"
+                "cache on one device; give a single device, and in expert_memory what experts may take of it"
             )
         return device_map
 
@@ -132,6 +132,7 @@ class ExpertFlowQuantizer(HfQuantizer):
         store = ExpertStore(self._reader, pin=True) if device.type == "cuda" else self._store
         cache = ExpertCache(store, self._budget, device)
         cache.preload()
+        del model.config.transformers_weights  # ours to set, not the model's to keep
         for layer, module in enumerate(self._modules):
             attach(module, LayerExperts(cache, layer))
         model.expert_cache = cache

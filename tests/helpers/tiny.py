@@ -54,7 +54,7 @@ TEXT = {
 }
 MOE = {"moe_intermediate_size": 48, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2}
 
-FAMILIES = ("qwen3_vl_moe", "qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3")
+FAMILIES = ("qwen3_vl_moe", "qwen3_moe", "mixtral", "gpt_oss", "olmoe", "deepseek_v3", "nemotron_h")
 
 FormatOf = Callable[[int, int], str]
 
@@ -128,7 +128,15 @@ def save_processor(family: str, folder: Path) -> None:
         (folder / name).write_text(json.dumps(content | {"processor_class": "Qwen3VLProcessor"}))
 
 
-def write_checkpoint(model: Any, folder: Path, format_of: FormatOf, input_scale: bool = False) -> Path:
+def write_checkpoint(
+    model: Any,
+    folder: Path,
+    format_of: FormatOf,
+    *,
+    input_scale: bool = False,
+    shard_bytes: int = 4 * 10**9,
+    config: dict[str, Any] | None = None,
+) -> Path:
     """A checkpoint of ``model`` by plain rounding, expert (layer, index) in format ``format_of(layer,
     index)``."""
     writer = CheckpointWriter(folder, {"test": True})
@@ -141,10 +149,14 @@ def write_checkpoint(model: Any, folder: Path, format_of: FormatOf, input_scale:
         writer.write_layer(layer, name, expert_shape(module), top_k(model, name), experts)
         for parameter in expert_parameters(module).values():
             del kept[f"{name}.{parameter}"]
-    writer.write_backbone([PendingTensor.ready(name, tensor.contiguous()) for name, tensor in kept.items()])
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config |= {"architectures": [type(model).__name__], "quantization_config": {"quant_method": "expertflow"}}
-    writer.write_json("config.json", config)
+    backbone = [PendingTensor.ready(name, tensor.contiguous()) for name, tensor in kept.items()]
+    writer.write_backbone(backbone, shard_bytes)
+    written = json.loads(model.config.to_json_string(use_diff=False)) | (config or {})
+    written |= {
+        "architectures": [type(model).__name__],
+        "quantization_config": {"quant_method": "expertflow"},
+    }
+    writer.write_json("config.json", written)
     writer.write_json("generation_config.json", json.loads(model.generation_config.to_json_string()))
     writer.finish(folder.name, model.config.model_type, {})
     return folder
@@ -307,6 +319,23 @@ def _deepseek_v3() -> Any:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def _nemotron_h() -> Any:
+    text = {name: value for name, value in TEXT.items() if name != "num_hidden_layers"}
+    config = transformers.NemotronHConfig(
+        **text,
+        layers_block_type=["full_attention", "moe", "full_attention", "moe"],
+        intermediate_size=64,
+        moe_intermediate_size=48,
+        moe_shared_expert_intermediate_size=48,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
 _MAKERS = {
     "qwen3_vl_moe": _qwen3_vl_moe,
     "qwen3_moe": _qwen3_moe,
@@ -314,4 +343,5 @@ _MAKERS = {
     "gpt_oss": _gpt_oss,
     "olmoe": _olmoe,
     "deepseek_v3": _deepseek_v3,
+    "nemotron_h": _nemotron_h,
 }

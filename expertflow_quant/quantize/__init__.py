@@ -3,8 +3,14 @@
 from expertflow_quant.quantize.awq import AWQResult, search_awq
 from expertflow_quant.quantize.fields import expert_fields
 from expertflow_quant.quantize.folding import Gate, scalable_rows
-from expertflow_quant.quantize.gptq import HessianReport, accumulate_hessian, examine_hessian, quantize_gptq
+from expertflow_quant.quantize.gptq import quantize_gptq
 from expertflow_quant.quantize.grid import ScaleRule
+from expertflow_quant.quantize.hessian import (
+    HessianReport,
+    accumulate_hessian,
+    examine_hessian,
+    shrink_hessian,
+)
 from expertflow_quant.quantize.matrix import QuantizedMatrix
 from expertflow_quant.quantize.rtn import quantize_rtn
 
@@ -21,4 +27,5 @@ __all__ = [
     "quantize_rtn",
     "scalable_rows",
     "search_awq",
+    "shrink_hessian",
 ]

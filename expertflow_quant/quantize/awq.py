@@ -8,12 +8,10 @@ steps of 1/20).
 
 Where this goes beyond the paper, since an expert is alone behind a norm that all experts share:
 - gate_up's scale is kept with the expert and multiplies the activation (``input_scale = 1 / s``, rounded to
-the fp16 that is stored before anything is measured). down's scale is folded into up's rows, where the gate
-allows it.
+  fp16, as stored, before anything is measured). down's is folded into up's rows, where the gate allows it.
 - Means and errors are weighted by the router's affinity: token t's output counts ``weights[t] ^ 2``.
-- The error is that of the whole expert as it will run, both matrices rounded. Every step is taken only if it
-lowers that error, and the first candidate is plain rounding: the result is never worse on the data it was
-given.
+- The error is that of the whole expert as it will run, both matrices rounded. A step is taken only if it
+  lowers that error and the first is plain rounding: on the data it was given the result is never worse.
 """
 
 from dataclasses import dataclass, replace
@@ -36,8 +34,7 @@ SMALLEST_STORED = 2.0**-14  # the smallest normal fp16
 
 @dataclass(frozen=True)
 class AWQResult:
-    """One expert after the search. ``y = down @ gate(gate_up @ (x * input_scale) + gate_up_bias) +
-    down_bias``.
+    """One expert after the search: ``down @ gate(gate_up @ (x * input_scale) + gate_up_bias) + down_bias``.
 
     ``ratio`` and ``down_ratio`` are the grid's choices (0: unscaled), ``clipped`` names the matrices whose
     clipping was kept, ``tokens`` counts what was seen. ``error`` is the expert's relative output error (root
@@ -73,13 +70,12 @@ def search_awq(
     down_bias: Tensor | None = None,
     scales: ScaleRule = "absmax",
 ) -> AWQResult:
-    """Quantize one expert: gate_up ``[2I or I, H]``, down ``[H, I]``, seen on inputs ``[T, H]``, affinities
-    ``[T]``.
+    """Quantize one expert by its ``inputs [T, H]`` and their router affinities ``weights [T]``.
 
-    ``gate`` maps float32 ``[T, 2I or I]`` to ``[T, I]``. The grid has ``grid + 1`` ratios, 0 and 1 included.
-    ``fold=False`` leaves down's input unscaled, as it always is when the gate is not linear in up. No tokens
-    give plain rounding and ``tokens == 0``. Raises ExpertFlowError for NaN or infinity, shapes that do not
-    match, bf16.
+    gate_up is ``[2I or I, H]``, down ``[H, I]``; ``gate`` maps float32 ``[T, 2I or I]`` to ``[T, I]``. The
+    grid has ``grid + 1`` ratios, 0 and 1 included. ``fold=False`` leaves down's input unscaled, as it always
+    is when the gate is not linear in up. No tokens give plain rounding and ``tokens == 0``. Raises
+    ExpertFlowError for NaN or infinity, shapes that do not match, bf16.
     """
     require_int(format, "AWQ")
     _check(gate_up, down, inputs, weights, grid)
@@ -109,8 +105,7 @@ def search_awq(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One candidate: the scaled float weights, their codes, and the squared error of the expert made of
-    them."""
+    """One candidate: the scaled float weights, their codes, and the squared error of that expert."""
 
     ratio: float
     down_ratio: float

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from expertflow_quant.formats import ExpertFlowError, Format
 from expertflow_quant.quantize.grid import ScaleRule, decode, encode, fit_grid, require_finite
+from expertflow_quant.quantize.hessian import inverse_factor
 from expertflow_quant.quantize.matrix import QuantizedMatrix
 from expertflow_quant.quantize.rtn import require_int
 
@@ -48,40 +49,6 @@ def quantize_gptq(
     if weight.ndim == 2:
         return _quantize(weight[None], hessian[None], format, damp, block, act_order, scales)[0]
     return _quantize(weight, hessian, format, damp, block, act_order, scales)
-
-
-@torch.no_grad()
-def accumulate_hessian(inputs: Tensor, weights: Tensor) -> Tensor:
-    """``sum over t of weights[t]^2 * x_t x_t^T``: float32 ``[I, I]`` of inputs ``[T, I]``, weights ``[T]``.
-
-    The weights are the router's affinities: they multiply the expert's output, so their squares weigh its
-    squared error. Hessians of several pieces of data add up. No tokens give zeros. Raises ExpertFlowError for
-    NaN or infinity and for shapes that do not match.
-    """
-    if inputs.ndim != 2 or weights.shape != inputs.shape[:1]:
-        raise ExpertFlowError(
-            f"inputs {tuple(inputs.shape)} with weights {tuple(weights.shape)}: "
-            "pass [tokens, features] and [tokens]"
-        )
-    require_finite(inputs=inputs, weights=weights)
-    scaled = inputs.to(torch.float32) * weights.to(torch.float32).unsqueeze(-1)
-    return scaled.T @ scaled
-
-
-@dataclass(frozen=True)
-class HessianReport:
-    """How well calibration data covered one matrix: columns, those never reached, and the Hessian's rank."""
-
-    columns: int
-    dead: int
-    rank: int
-
-
-def examine_hessian(hessian: Tensor) -> HessianReport:
-    """Coverage of one ``hessian [I, I]``; costs an eigenvalue decomposition."""
-    dead = int((hessian.diagonal() == 0).sum())
-    rank = int(torch.linalg.matrix_rank(hessian.to(torch.float64), hermitian=True, rtol=1e-6))
-    return HessianReport(columns=hessian.shape[0], dead=dead, rank=rank)
 
 
 def _quantize(
@@ -118,31 +85,6 @@ def _quantize(
         )
         for expert in range(weight.shape[0])
     ]
-
-
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """The upper triangular R with ``R^T R = (H + damp * mean(diagonal) * 1)^-1``, float32 ``[E, I, I]``.
-
-    H reversed in both directions factors as ``L L^T``; L reversed is upper triangular, and R is its inverse:
-    one Cholesky and one triangular solve, in float64, without forming the inverse itself.
-    """
-    damped = hessian.to(torch.float64, copy=True)
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)  # a view: writes go to damped
-    live = diagonal != 0
-    mean = (diagonal * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    diagonal += torch.where(live, damp * mean, mean)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-    if bool(info.any()):
-        failed = int(info.nonzero()[0])
-        raise ExpertFlowError(
-            f"the Hessian of matrix {failed} of {info.numel()} is not positive semidefinite: "
-            f"dampening {damp} did not help; pass sums of x x^T as accumulate_hessian makes them"
-        )
-    upper = lower.flip(-2, -1)
-    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
-    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return factor.to(torch.float32)
 
 
 def _sweep(

@@ -10,10 +10,10 @@ from expertflow_quant.formats import SCALE_DTYPE, ExpertFlowError, Format
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """Codes uint8 ``[O, I]`` (one code per byte), scales fp16 ``[O, G]``, zeros uint8 ``[O, G]``, None if
-    symmetric.
+    """Codes uint8 ``[O, I]`` (one code per byte), scales fp16 ``[O, G]``, zeros uint8 ``[O, G]``.
 
-    Raises ExpertFlowError when shapes or dtypes do not belong together or a code exceeds the format's width.
+    Symmetric formats have no zeros (None). Raises ExpertFlowError when the parts do not belong together or a
+    code exceeds the format's width.
     """
 
     codes: Tensor

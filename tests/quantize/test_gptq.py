@@ -1,5 +1,4 @@
-"""GPTQ against the procedure of the paper written out column by column, and against brute force on tiny
-cases.
+"""GPTQ against the paper's procedure written out column by column, and against brute force on tiny cases.
 
 The slow version never factors anything: it removes rounded columns from an explicit inverse Hessian by
 Gaussian elimination (the paper's equations 2 and 3, the update of Optimal Brain Quantization in a fixed
@@ -20,6 +19,7 @@ from expertflow_quant.quantize import (
     examine_hessian,
     quantize_gptq,
     quantize_rtn,
+    shrink_hessian,
 )
 
 Rows = list[list[float]]
@@ -230,6 +230,41 @@ def test_hessian_counts_squared_affinities_and_adds_up() -> None:
     assert got.dtype == torch.float32
     assert not accumulate_hessian(inputs[:0], affinity[:0]).any()
     assert accumulate_hessian(inputs.bfloat16(), affinity).dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [8, 32, 64])
+def test_shrinking_helps_rare_experts_on_tokens_they_have_not_seen(tokens: int) -> None:
+    """There is correlation to learn from, but most of what few tokens show is accident."""
+    format, columns = Format.parse("int4-g32"), 128
+    generator = torch.Generator().manual_seed(tokens)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    weight = torch.randn(64, columns, generator=generator)
+
+    def hessian_of(count: int) -> Tensor:
+        own = 0.7 * torch.randn(count, columns, generator=generator)
+        return accumulate_hessian(
+            torch.randn(count, columns, generator=generator) @ mix + own, torch.ones(count)
+        )
+
+    seen, unseen = hessian_of(tokens), hessian_of(4000)
+    bare = output_error(weight, one(weight, seen, format).dequantize(), unseen)
+    steadied = output_error(weight, one(weight, shrink_hessian(seen, tokens), format).dequantize(), unseen)
+    rounded = output_error(weight, quantize_rtn(weight, format).dequantize(), unseen)
+    assert steadied < 0.9 * bare
+    assert steadied < 1.2 * rounded
+
+
+def test_shrinking_keeps_the_diagonal_and_fades_with_tokens() -> None:
+    hessian = case(4, 16, 30)[1]
+    none = shrink_hessian(hessian, 0)
+    assert torch.equal(none, torch.diag(hessian.diagonal()))
+    some = shrink_hessian(hessian, 4)
+    torch.testing.assert_close(some.diagonal(), hessian.diagonal())
+    torch.testing.assert_close(some[0, 1], hessian[0, 1] / 2)
+    torch.testing.assert_close(shrink_hessian(hessian, 10**9), hessian)
+    torch.testing.assert_close(shrink_hessian(torch.stack([hessian, hessian]), 4)[1], some)
+    with pytest.raises(ExpertFlowError, match="-1 tokens cannot be"):
+        shrink_hessian(hessian, -1)
 
 
 def test_coverage_is_reported() -> None:

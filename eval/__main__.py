@@ -14,6 +14,8 @@ from eval.plots import judgement_figure, save
 from eval.provenance import provenance
 from eval.report import (
     comparisons_table,
+    items_to_decide,
+    make_console,
     overall_verdicts,
     results_json,
     systems_table,
@@ -46,12 +48,12 @@ def main(
 
     Run again with the same settings, it goes on where it was interrupted.
     """
-    console = Console()
+    console = make_console()
     folder = results or RESULTS / out.resolve().name
     tasks = generated_tasks(items, seed)
     systems = [
         System("quantized", "quantized", out, expert_memory),
-        System("against", "full precision", against),
+        System("against", "original", against),
     ]
     systems += [System("dense", "dense", dense)] if dense else []
     try:
@@ -62,7 +64,7 @@ def main(
         if dense:
             comparisons += compare(judgements[0], judgements[2], MARGIN_DENSE, seed)
         if noise_floor:
-            again = System("against-again", "again, half batches", against)
+            again = System("against-again", "original again", against)
             half = max(1, batch_size // 2)
             judged = _judge_all([again], console, tasks=tasks, folder=folder, batch_size=half, device=device)
             comparisons += compare(judged[0], judgements[1], MARGIN_OWN, seed)
@@ -75,7 +77,8 @@ def main(
     made = provenance("eval", sys.argv[1:], device)
     write_json(folder / "results.json", results_json(made, settings, tasks, judgements, comparisons))
     save(judgement_figure(judgements, tasks), folder / "accuracy.png")
-    console.print(systems_table(judgements, tasks))
+    asked = " and ".join(f"{len(task.items)} {task.title}" for task in tasks)
+    console.print(systems_table(judgements, tasks, f"{asked}, held out; expert memory {expert_memory}"))
     console.print(comparisons_table(comparisons, tasks))
     _conclude(console, comparisons, folder)
 
@@ -101,6 +104,10 @@ def _conclude(console: Console, comparisons: list[Comparison], folder: Path) -> 
             else "[yellow]not shown to be non-inferior[/yellow]"
         )
         console.print(f"{pair}: {verdict}")
+    if more := items_to_decide(comparisons):
+        console.print(
+            f"About {more:,} items a task would decide what is inconclusive (--items).", highlight=False
+        )
     console.print(f"results.json, accuracy.png and every answer: {folder}", highlight=False)
 
 

@@ -160,12 +160,22 @@ def judge(
     engine = open_engine(system, device)
     answer_batch(engine, Batch(tasks[0], tuple(tasks[0].items[:1])))  # warm up; not recorded
     run_tasks(engine, tasks, batch_size, file, bar=bar)
-    names = ("expert_bytes", "device_expert_bytes")
-    costs = {name: int(getattr(engine, name)) for name in names} | {"counters": file.counters}
+    costs = expert_costs(engine, system) | {"counters": file.counters}
     _costs_path(folder, system).write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
     del engine
     gc.collect()
     return load_judgement(system, folder)
+
+
+def expert_costs(engine: Any, system: System) -> dict[str, Any]:
+    """Bytes of all experts as they are stored, and of those on the device as they are loaded."""
+    stored, loaded = int(engine.expert_bytes), int(engine.device_expert_bytes)
+    if not system.is_checkpoint:
+        config = json.loads((system.path / "config.json").read_text(encoding="utf-8"))
+        own = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+        if own and (now := getattr(getattr(engine, "model", None), "dtype", None)):
+            stored = stored * getattr(torch, own).itemsize // now.itemsize
+    return {"expert_bytes": stored, "device_expert_bytes": loaded}
 
 
 def load_judgement(system: System, folder: Path) -> Judgement:

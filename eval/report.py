@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from eval.judge import Comparison, Judgement
 from eval.stats import INCONCLUSIVE, INFERIOR, NON_INFERIOR, SUPERIOR
@@ -14,59 +17,43 @@ from eval.tasks import Task
 COLORS = {SUPERIOR: "green", NON_INFERIOR: "green", INFERIOR: "red", INCONCLUSIVE: "yellow"}
 
 
-def systems_table(judgements: Sequence[Judgement], tasks: Sequence[Task]) -> Table:
-    """One row a system: both scores in percent, then what they cost."""
-    table = Table(title=f"{_items(tasks)} held-out items", title_justify="left")
-    table.add_column("system", no_wrap=True)
-    for task in tasks:
-        table.add_column(f"{task.metric.title}\n{task.title}, %", justify="right")
-    for name in ("hit rate\n%", "tokens/s\n", "expert bytes\nMiB", "on device\nMiB"):
-        table.add_column(name, justify="right")
-    for judgement in judgements:
-        scores = [percent(judgement.mean(task.name)) for task in tasks]
-        table.add_row(judgement.system.label, *scores, *cost_cells(judgement))
+def systems_table(judgements: Sequence[Judgement], tasks: Sequence[Task], title: str = "") -> Table:
+    """One row a system: what it costs, then its scores in percent."""
+    columns, rows = table_cells(judgements, [], tasks)
+    table = cells_table(title, columns, rows)
     if any(judgement.failures for judgement in judgements):
         failed = ", ".join(f"{j.system.label}: {j.failures}" for j in judgements if j.failures)
         table.caption = f"[red]items that failed and count as 0: {failed}[/red]"
     return table
 
 
-def cost_cells(judgement: Judgement) -> list[str]:
-    """Hit rate, tokens a second, bytes of all experts and of those on the device; "-" where there is none."""
-    hit_rate = "-" if judgement.hit_rate is None else percent(judgement.hit_rate)
-    speed = f"{judgement.tokens_per_second:.1f}"
-    return [hit_rate, speed, mebibytes(judgement.expert_bytes), mebibytes(judgement.device_expert_bytes)]
-
-
 def comparisons_table(comparisons: Sequence[Comparison], tasks: Sequence[Task]) -> Table:
     """One row a comparison, in points: difference, 90 % interval, verdict at the margin."""
     titles = {task.name: task.title for task in tasks}
-    table = Table(title="differences in points, paired by item, clustered by image", title_justify="left")
-    table.add_column("compared", no_wrap=True)
-    for name in ("task", "difference", "90 % interval", "better / worse", "margin", "verdict"):
-        table.add_column(name, justify="left" if name in ("task", "verdict") else "right")
+    columns = ["compared", "task", "difference", "90 % interval", "better / worse", "margin", "verdict"]
+    rows = []
     for comparison in comparisons:
         d = comparison.difference
-        table.add_row(
-            f"{comparison.system} - {comparison.baseline}",
-            titles[comparison.task],
-            points(d.mean),
-            f"{points(d.lower)} .. {points(d.upper)}",
-            f"{d.better} / {d.worse}",
-            f"{100 * comparison.margin:g}",
-            verdict_cell(comparison),
+        rows.append(
+            [
+                f"{comparison.system} - {comparison.baseline}",
+                titles[comparison.task],
+                points(d.mean),
+                f"{points(d.lower)} .. {points(d.upper)}",
+                f"{d.better} / {d.worse}",
+                f"{100 * comparison.margin:g}",
+                f"[{COLORS[comparison.verdict]}]{comparison.verdict}",
+            ]
         )
-    return table
+    return cells_table("differences in points, paired by item, clustered by image", columns, rows)
 
 
-def verdict_cell(comparison: Comparison) -> str:
-    """The verdict in its colour; an inconclusive one says how many items would decide."""
-    verdict = comparison.verdict
-    more = ""
-    needed = comparison.difference.items_to_decide(comparison.margin)
-    if verdict == INCONCLUSIVE and needed > comparison.difference.items:
-        more = f" (about {needed:,} items would decide)"
-    return f"[{COLORS[verdict]}]{verdict}[/{COLORS[verdict]}]{more}"
+def items_to_decide(comparisons: Sequence[Comparison]) -> int | None:
+    """How many items a task would settle every inconclusive comparison; None when more would not help."""
+    open_ones = [c for c in comparisons if c.verdict == INCONCLUSIVE]
+    needed = [c.difference.items_to_decide(c.margin) for c in open_ones]
+    more = [n for n, c in zip(needed, open_ones, strict=True) if n > c.difference.items]
+    return max(more, default=None)
 
 
 def overall_verdicts(comparisons: Sequence[Comparison]) -> dict[str, bool]:
@@ -76,6 +63,44 @@ def overall_verdicts(comparisons: Sequence[Comparison]) -> dict[str, bool]:
         pair = f"{comparison.system} - {comparison.baseline}"
         passed[pair] = passed.get(pair, True) and comparison.verdict in (SUPERIOR, NON_INFERIOR)
     return passed
+
+
+def table_cells(
+    judgements: Sequence[Judgement], comparisons: Sequence[Comparison], tasks: Sequence[Task]
+) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows, as text; in brackets the difference to the baseline in points."""
+    columns = ["system", "expert MiB", "on device MiB", "hit rate %", "tokens/s"]
+    columns += [f"{task.title}: {task.metric.title} %" for task in tasks]
+    found = {(c.system, c.task): c.difference.mean for c in comparisons}
+    rows = []
+    for judgement in judgements:
+        row = [judgement.system.label, *cost_cells(judgement)]
+        for task in tasks:
+            difference = found.get((judgement.system.label, task.name))
+            behind = "" if difference is None else f" ({points(difference)})"
+            row.append(percent(judgement.mean(task.name)) + behind)
+        rows.append(row)
+    return columns, rows
+
+
+def cells_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Text cells as a narrow table: headers wrap at blanks, cells never do; numbers to the right."""
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for i, column in enumerate(columns):
+        cells = [Text.from_markup(row[i]).plain for row in rows]
+        width = max(map(len, (*cells, *column.split())))
+        is_number = any(cell[-1:].isdigit() or cell.endswith(")") for cell in cells) and i > 0
+        table.add_column(column, justify="right" if is_number else "left", width=width)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def cost_cells(judgement: Judgement) -> list[str]:
+    """MiB of all experts, MiB of those on the device, hit rate, tokens a second; "-" where there is none."""
+    hit_rate = "-" if judgement.hit_rate is None else percent(judgement.hit_rate)
+    sizes = [mebibytes(judgement.expert_bytes), mebibytes(judgement.device_expert_bytes)]
+    return [*sizes, hit_rate, f"{judgement.tokens_per_second:.1f}"]
 
 
 def results_json(
@@ -118,5 +143,7 @@ def mebibytes(nbytes: int) -> str:
     return f"{nbytes / 2**20:.2f}" if nbytes else "-"
 
 
-def _items(tasks: Sequence[Task]) -> str:
-    return " + ".join(f"{len(task.items)} {task.title}" for task in tasks)
+def make_console() -> Console:
+    """A console as wide as its terminal, or 120 columns where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

@@ -129,7 +129,7 @@ def test_the_command_writes_table_json_lines_and_plot(systems, tmp_path):
     arguments += ["--items", "16", "--out", str(results), "--noise-floor"]
     outcome = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
     assert outcome.exit_code == 0, outcome.output
-    assert "full precision" in outcome.output
+    assert "original" in outcome.output
     written = json.loads((results / "results.json").read_text())
     assert [s["name"] for s in written["systems"]] == ["quantized", "against", "dense", "against-again"]
     assert written["systems"][0]["scores"]["chart"] == 0.75

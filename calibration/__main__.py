@@ -1,0 +1,115 @@
+"""``python -m calibration``: commands that look at data to decide."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from calibration.measure import measure_errors
+from calibration.plan import Choice, ExpertErrors, choose, errors_from_json, errors_to_json
+from expertflow_quant.formats import ExpertFlowError, Format
+from expertflow_quant.samples import make_items
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(soft_wrap=True)
+
+
+@app.callback()
+def commands() -> None:
+    """What looks at data to decide."""
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="folder of the model in its own full precision")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="plan file to write")],
+    average_bits: Annotated[float, typer.Option(help="of the codes, over all experts' weights")] = 3.0,
+    formats: Annotated[str, typer.Option(help="formats to choose from")] = "int2-g32,int3-g32,int4-g32",
+    items: Annotated[int, typer.Option(min=1, help="calibration questions per task")] = 32,
+    errors: Annotated[Path | None, typer.Option(help="keep, or reuse, the measured errors")] = None,
+) -> None:
+    """A format for every expert: least damage at an average number of bits (for quantize --plan)."""
+    try:
+        choices = [Format.parse(name.strip()) for name in formats.split(",")]
+        measured = _measured(model, choices, items, errors)
+        choice = choose(measured, average_bits)
+    except ExpertFlowError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    _write(output, choice.to_plan())
+    console.print(_summary(choice, measured))
+    console.print(f"summed damage {choice.damage:.4f}; all alike: {_alike(measured)}", highlight=False)
+    console.print(f"{output}: {choice.average_bits:.2f} bits on average", highlight=False)
+
+
+def _measured(model: Path, formats: list[Format], items: int, errors: Path | None) -> list[ExpertErrors]:
+    """Errors read from ``errors`` if they were measured so, else measured now and written there."""
+    head = {
+        "model": str(model),
+        "formats": [form.name for form in formats],
+        "items": {"chart": items, "document": items},
+        "split": "calibration",
+        "method": "rtn",
+    }
+    if errors is not None and errors.exists():
+        return _read_errors(errors, head)
+    tasks = ("chart", "document")
+    drawn = [item for task in tasks for item in make_items(task, "calibration", items)]
+    samples = [{"messages": item.messages} for item in drawn]
+    with Progress(console=console) as bar:
+        row = bar.add_task("measuring layers", total=None)
+        measured = measure_errors(
+            model, samples, formats, lambda done, total: bar.update(row, completed=done, total=total)
+        )
+    if errors is not None:
+        _write(errors, errors_to_json(head, measured))
+    return measured
+
+
+def _read_errors(path: Path, head: dict[str, Any]) -> list[ExpertErrors]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExpertFlowError(f"{path} is not JSON ({error}): delete it and measure again") from error
+    measured = errors_from_json(value)
+    other = [name for name in head if value.get(name) != head[name]]
+    if other:
+        name = other[0]
+        raise ExpertFlowError(
+            f"{path} was measured with {name} = {value.get(name)!r}, this run has {head[name]!r}: "
+            "delete it to measure again, or name another --errors"
+        )
+    return measured
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _summary(choice: Choice, measured: list[ExpertErrors]) -> Table:
+    """How many experts of each layer got which format."""
+    names = sorted({form.name for expert in measured for form in expert.damage})
+    table = Table("layer", *names, title="experts by format", title_justify="left")
+    for layer in sorted({layer for layer, _ in choice.formats}):
+        counts = Counter(form.name for (at, _), form in choice.formats.items() if at == layer)
+        table.add_row(str(layer), *(str(counts[name] or "") for name in names))
+    return table
+
+
+def _alike(measured: list[ExpertErrors]) -> str:
+    """Summed damage if every expert had the same format."""
+    whole: dict[str, float] = defaultdict(float)
+    for expert in measured:
+        for form, damage in expert.damage.items():
+            whole[form.name] += damage
+    return ", ".join(f"{name} {whole[name]:.4f}" for name in sorted(whole))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m calibration")

@@ -1,0 +1,31 @@
+"""Judging with the library's own engine on an untrained model: the seams fit, the counters count."""
+
+from eval.identical import MINIMUM, check_budgets, first_items
+from eval.judge import System, compare, judge
+from eval.tasks import generated_tasks
+
+TASKS = generated_tasks(3)
+
+
+def test_checkpoint_and_plain_model_are_judged_alike(small_moe, small_int4, tmp_path):
+    ours = judge(System("int4", "int4", small_int4, "25%"), TASKS, tmp_path, batch_size=2)
+    plain = judge(System("plain", "plain", small_moe), TASKS, tmp_path, batch_size=2)
+    assert ours.failures == plain.failures == 0
+    assert 0 < ours.hit_rate < 1
+    assert ours.counters["bytes_moved"] == ours.counters["misses"] * ours.expert_bytes / 96
+    assert ours.device_expert_bytes <= 0.25 * ours.expert_bytes
+    assert plain.expert_bytes == 96 * 3 * 256 * 96 * 2  # as stored: bf16
+    assert plain.device_expert_bytes == 2 * plain.expert_bytes  # as loaded on the CPU: float32
+    result = ours.results[0]
+    assert result.prompt_tokens > result.image_tokens > 0
+    assert 0 < result.completion_tokens <= 16
+    assert {c.task for c in compare(ours, plain, 0.01)} == {"chart", "document"}
+
+
+def test_tokens_are_the_same_at_every_expert_memory(small_int4):
+    items = first_items(TASKS, 3)
+    assert [item.task for item in items] == ["chart", "document", "chart"]
+    report = check_budgets(small_int4, items, ["25%", MINIMUM])
+    assert report["items"] == 3
+    assert {name: found["identical"] for name, found in report["budgets"].items()} == {"25%": 3, MINIMUM: 3}
+    assert report["budgets"][MINIMUM]["bytes"] < report["budgets"]["25%"]["bytes"]

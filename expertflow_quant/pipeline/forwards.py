@@ -2,12 +2,16 @@
 
 Calibration wants all samples at one layer before any goes on to the next: then each layer's experts are read
 once, and the activations of one layer are all that is kept. So each batch's forward runs on a thread of its
-own that waits inside the experts call. Only one of them ever runs at a time: threads serve as coroutines
-here. The model runs as it is; nothing needs to know what lies between two MoE layers.
+own that waits inside the experts call; threads serve as coroutines here. The model runs as it is; nothing
+needs to know what lies between two MoE layers.
+
+On the CPU as many forwards run at a time as torch has threads, each on one thread alone: were torch to give
+each its own pool, the waiting pools would slow down everything else threefold.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +41,19 @@ class _Abandoned(BaseException):
 
 
 class Forward(threading.Thread):
-    """One forward of ``model`` over ``make_batch()``; starts to run at the first ``resume``."""
+    """One forward of ``model`` over ``make_batch()``; starts to run at the first ``resume``.
 
-    def __init__(self, model: Callable[..., Any], make_batch: Callable[[], dict[str, Any]]) -> None:
+    ``alone``: torch works on this thread only, without a pool of its own.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], make_batch: Callable[[], dict[str, Any]], alone: bool = False
+    ) -> None:
         super().__init__(daemon=True)
         self.call: ExpertsCall | None = None
         self.scores: Tensor | None = None
         self.batch: dict[str, Any] = {}
-        self._model, self._make_batch = model, make_batch
+        self._model, self._make_batch, self._alone = model, make_batch, alone
         self._answer: Tensor | None = None
         self._error: BaseException | None = None
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
@@ -79,6 +88,8 @@ class Forward(threading.Thread):
     def run(self) -> None:
         self._go.acquire()
         try:
+            if self._alone:
+                torch.set_num_threads(1)
             with torch.no_grad():
                 self.batch = self._make_batch()
                 self._model(**self.batch, use_cache=False)
@@ -111,10 +122,27 @@ def watch_router(router: nn.Module, experts: int) -> Any:
     return router.register_forward_hook(note)
 
 
-def run_forwards(forwards: Sequence[Forward]) -> None:
-    """Brings every forward to its first experts call."""
-    for forward in forwards:
-        forward.resume()
+class Forwards:
+    """The forwards of all batches of a model, on the CPU several at a time."""
+
+    def __init__(
+        self, model: Any, batches: Sequence[Callable[[], dict[str, Any]]], device: torch.device
+    ) -> None:
+        self._threads = torch.get_num_threads()
+        self._at_a_time = self._threads if device.type == "cpu" else 1
+        self.all = [Forward(model, make_batch, alone=device.type == "cpu") for make_batch in batches]
+
+    def resume(self, answers: Mapping[Forward, Tensor | None]) -> None:
+        """Brings these forwards to their next experts call or end. Raises what the first of them raised."""
+        with ThreadPoolExecutor(self._at_a_time) as pool:
+            for done in [pool.submit(forward.resume, answer) for forward, answer in answers.items()]:
+                done.result()
+
+    def close(self) -> None:
+        """Ends all forwards where they are."""
+        for forward in self.all:
+            forward.abandon()
+        torch.set_num_threads(self._threads)  # new threads begin with the number that was set last
 
 
 def _current() -> Forward:

@@ -21,7 +21,7 @@ from expertflow_quant.kernels import ExpertWeights, expert_product
 from expertflow_quant.models.seams import find_router
 from expertflow_quant.pipeline.backbone import load_backbone
 from expertflow_quant.pipeline.batches import Batch, CalibrationData
-from expertflow_quant.pipeline.forwards import ExpertsCall, Forward, run_forwards, watch_router
+from expertflow_quant.pipeline.forwards import ExpertsCall, Forward, Forwards, watch_router
 from expertflow_quant.pipeline.stream import ModelStream, MoELayer
 
 IMAGE_TOKEN_NAMES = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
@@ -159,8 +159,9 @@ class Observations:
         for observed in _observe(self):
             if self._keep:
                 seen.append(observed)
+            if len(seen) == len(self.stream.layers):
+                self._kept = seen
             yield observed
-        self._kept = seen
 
 
 @dataclass(frozen=True)
@@ -188,23 +189,21 @@ def _observe(wanted: Observations) -> Iterator[ObservedLayer]:
     modules = [model.get_submodule(layer.module) for layer in stream.layers]
     routers = [(find_router(model, layer.module), layer.experts) for layer in stream.layers]
     hooks = [watch_router(router, experts) for router, experts in routers if router is not None]
-    forwards = [Forward(model, partial(_on_device, make, wanted.device)) for make in wanted.data.batches]
+    forwards = Forwards(
+        model, [partial(_on_device, make, wanted.device) for make in wanted.data.batches], wanted.device
+    )
     try:
-        run_forwards(forwards)
-        tokens = [_Tokens.of(forward.batch, stream.config) for forward in forwards]
+        forwards.resume(dict.fromkeys(forwards.all))
+        tokens = {forward: _Tokens.of(forward.batch, stream.config) for forward in forwards.all}
         for layer, module in zip(stream.layers, modules, strict=True):
-            here = [
-                (forward, of) for forward, of in zip(forwards, tokens, strict=True) if _at(forward) is module
-            ]
-            calls = [forward.call for forward, _ in here if forward.call is not None]
-            yield _join(layer, calls, [of for _, of in here], wanted)
+            here = [forward for forward in forwards.all if _at(forward) is module]
+            calls = [forward.call for forward in here if forward.call is not None]
+            yield _join(layer, calls, [tokens[forward] for forward in here], wanted)
             if module is not modules[-1]:
-                for (forward, _), answer in zip(here, _answers(stream, layer, calls), strict=True):
-                    forward.resume(answer)
-                _refuse_going_back(forwards, modules[: layer.index + 1], layer)
+                forwards.resume(dict(zip(here, _answers(stream, layer, calls), strict=True)))
+                _refuse_going_back(forwards.all, modules[: layer.index + 1], layer)
     finally:
-        for forward in forwards:
-            forward.abandon()
+        forwards.close()
         for hook in hooks:
             hook.remove()
 

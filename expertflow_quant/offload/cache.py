@@ -35,14 +35,18 @@ class ExpertCache:
         policy: Callable[[], Policy] = LRU,
     ) -> None:
         self.store = store
-        self.device = torch.device(device)
         self.minimum_bytes = minimum_bytes(store.layers)
         self._table = ExpertTable(store.layers, plan_slots(store.layers, budget_bytes), policy)
-        self._slots = [list(_buffer(size, self.device).unbind()) for size in self.classes]
+        self._slots = [list(_buffer(size, device).unbind()) for size in self.classes]
+        self.device = self._slots[0][0].device
         self._place_of: dict[Key, Place] = {}
         self._views: dict[tuple[int, int, int], dict[str, Tensor]] = {}
         self._copies = make_copies(self.device)
         self.reset_stats()
+
+    def __deepcopy__(self, memo: object) -> "ExpertCache":
+        """A copied model shares the cache of the first."""
+        return self
 
     @property
     def classes(self) -> tuple[SizeClass, ...]:
@@ -107,9 +111,10 @@ class ExpertCache:
         """Like ``finish``, as the record's named fields over the slot's memory."""
         size_class, slot = self._arrived(layer, expert)
         layout = self.store.layout(layer, expert)
-        views = self._views.get((size_class, slot, id(layout)))
+        seen = (size_class, slot, id(layout))  # the store keeps one object per layout, as long as itself
+        views = self._views.get(seen)
         if views is None:
-            views = self._views[size_class, slot, id(layout)] = layout.views(self._slots[size_class][slot])
+            views = self._views[seen] = layout.views(self._slots[size_class][slot])
         return views
 
     def acquire(self, layer: int, expert: int, in_use: Collection[Key] = ()) -> Tensor:
@@ -140,5 +145,5 @@ class ExpertCache:
         return True
 
 
-def _buffer(size: SizeClass, device: torch.device) -> Tensor:
+def _buffer(size: SizeClass, device: torch.device | str) -> Tensor:
     return torch.empty(size.slots, size.nbytes, dtype=torch.uint8, device=device)

@@ -12,7 +12,7 @@ UNFINISHED = "\ufffd"  # a tokenizer's decoder writes it for the first bytes of 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. Temperature 0 is greedy; ``stop``: texts that end an answer and are not part of
+    """How answers are drawn. Temperature 0 is greedy; a ``stop`` text ends an answer and is not part of
     it."""
 
     max_new_tokens: int = 32
@@ -42,10 +42,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. ``token_ids`` are all tokens generated, the one that ended the answer included, and
-    ``completion_tokens`` is their number; ``prompt_tokens`` counts ``image_tokens`` too. ``finish_reason``:
-    "stop" (the model ended it, or a stop text was met) or "length". ``seconds``: wall time of the whole call,
-    batch included."""
+    """One answer.
+
+    ``token_ids`` are all tokens generated, the one that ended the answer included, and ``completion_tokens``
+    is their number; ``prompt_tokens`` counts ``image_tokens`` too. ``finish_reason``: "stop" (the model ended
+    it, or a stop text was met) or "length" (also of a stream that was closed). ``seconds``: wall time of the
+    whole call, which the answers of a batch share.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -93,8 +96,11 @@ def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
 
 
 class TextEmitter:
-    """Text of an answer as its tokens arrive: one piece per token, "" while a character or a possible stop
-    text is unfinished. All pieces with ``finish``'s make up exactly the text of the whole answer."""
+    """Text of an answer as its tokens arrive, one piece per token.
+
+    A piece is "" while a character, or what may become a stop text, is unfinished. All pieces and
+    ``finish``'s make up exactly the text of the whole answer.
+    """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer

@@ -1,7 +1,9 @@
 """The engine: a model with its processor behind two calls, answers at once or as a stream.
 
->>> engine = load("OUT", expert_memory="2MiB") >>> engine.generate([[{"role": "user", "content": "What does a
-router do?"}]])[0].text
+::
+
+    engine = expertflow_quant.load("OUT", expert_memory="2MiB")
+    engine.generate([[{"role": "user", "content": "What does a router do?"}]])[0].text
 
 The decoding loop is transformers' own ``generate``; sampling settings that a model ships with are not used,
 so that the same call means the same for every model. One generation runs at a time; other callers wait.
@@ -27,8 +29,7 @@ from expertflow_quant.runtime.stream import Cancellable, TokenQueue, TokenStream
 
 
 class Engine:
-    """``model``: a transformers model in eval mode, ours or a plain one; ``processor``: its processor, or
-    tokenizer.
+    """A transformers model in eval mode, ours or a plain one, with its processor (or just its tokenizer).
 
     ``last`` is the answer of the stream that ended or was closed last.
     """
@@ -53,8 +54,7 @@ class Engine:
     def from_plain(
         cls, path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = None
     ) -> "Engine":
-        """An ordinary transformers folder, dense or Mixture-of-Experts, behind the same surface
-        (loading.load_plain)."""
+        """An ordinary transformers folder, dense or Mixture-of-Experts: see ``loading.load_plain``."""
         from expertflow_quant.runtime.loading import load_plain
 
         return load_plain(path, device, dtype)
@@ -63,6 +63,12 @@ class Engine:
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens, prompt and answer together, that the model reads; None when its config does not
+        say."""
+        return self._encoder.context
 
     @property
     def stats(self) -> CacheStats:
@@ -117,10 +123,10 @@ class Engine:
         seed: int | None = None,
         stop: Sequence[str] = (),
     ) -> TokenStream:
-        """The answer to one conversation piece by piece; then ``.last`` of the stream, and of the engine, is
-        the whole.
+        """The answer to one conversation piece by piece.
 
-        ``close()`` on the stream ends it early. Raises what ``generate`` raises, at once.
+        Afterwards ``last``, of the stream and of the engine, is the whole answer. ``close()`` on the stream
+        ends it early. Raises what ``generate`` raises, at once.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, seed, _texts(stop))
         prompts = self._encode([messages], sampling)
@@ -157,6 +163,8 @@ class Engine:
         if options["do_sample"]:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         with self._running, _seeded(sampling.seed, self.device):
+            if cancellable is not None and cancellable.event.is_set():  # while it waited for its turn
+                return prompts.inputs["input_ids"]
             sequences: Tensor = self.model.generate(
                 **_moved(prompts.inputs, self.device),
                 **options,

@@ -20,6 +20,9 @@ from expertflow_quant.offload.cache import ExpertCache
 NAME = "expertflow"
 """Under which transformers knows the function."""
 
+SUM_TOKENS = 1024
+"""Tokens whose rows are added up at once, in float32: bounds the size of that copy."""
+
 
 @dataclass(frozen=True)
 class LayerExperts:
@@ -31,7 +34,7 @@ class LayerExperts:
 
 def attach(module: Any, experts: LayerExperts) -> None:
     """Give ``module`` its experts; from now on ``experts_forward`` can run it."""
-    object.__setattr__(module, NAME, experts)
+    setattr(module, NAME, experts)
 
 
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -42,18 +45,18 @@ def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weig
     """
     experts = _attached(module, hidden)
     with torch.no_grad():
-        rows = _expert_rows(module, experts, hidden, top_k_index)
-        weighted = rows.view(*top_k_index.shape, hidden.shape[1]).float() * top_k_weights.float().unsqueeze(
-            -1
-        )
-        return weighted.sum(dim=1).to(hidden.dtype)
+        rows = _expert_rows(module, experts, hidden, top_k_index).view(*top_k_index.shape, hidden.shape[1])
+        sums = [
+            (some.float() * weights.float().unsqueeze(-1)).sum(dim=1).to(hidden.dtype)
+            for some, weights in zip(torch.split(rows, SUM_TOKENS), torch.split(top_k_weights, SUM_TOKENS))
+        ]
+        return torch.cat(sums)
 
 
 def fetch(experts: LayerExperts, wanted: Iterable[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Each wanted expert once, with the fields of its record on the device, valid until the next is asked
-    for.
+    """Each wanted expert once, resident ones first, with the fields of its record on the device.
 
-    The order is the cache's: resident experts first.
+    The fields are valid until the next expert is asked for.
     """
     cache, layer = experts.cache, experts.layer
     for piece in cache.pieces(layer, wanted):

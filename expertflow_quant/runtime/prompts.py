@@ -49,7 +49,7 @@ class PromptEncoder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._reads_images = processor is not self._tokenizer
         self._image_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-        self._context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._reserved = [text for name in PLACEHOLDERS if (text := getattr(processor, name, None))]
 
     def encode(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> Prompts:
@@ -107,6 +107,8 @@ class PromptEncoder:
 
     def _processed(self, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
         options: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
+        if not self._reads_images:
+            options["return_token_type_ids"] = False
         if not self._reads_images or texts[0].startswith(self._tokenizer.bos_token or "\0"):
             options["add_special_tokens"] = False  # the template has written them
         if any(images):
@@ -118,11 +120,11 @@ class PromptEncoder:
 
     def _check_fits(self, prompts: Prompts, max_new_tokens: int) -> None:
         for prompt, image in zip(prompts.prompt_tokens, prompts.image_tokens, strict=True):
-            if self._context is not None and prompt + max_new_tokens > self._context:
+            if self.context is not None and prompt + max_new_tokens > self.context:
                 raise PromptError(
                     f"a prompt of {prompt} tokens ({image} of them image) and {max_new_tokens} new ones "
-                    f"exceed the model's context of {self._context}: shorten it"
-                    + (f" or ask for at most {self._context - prompt}" if prompt < self._context else "")
+                    f"exceed the model's context of {self.context}: shorten it"
+                    + (f" or ask for at most {self.context - prompt}" if prompt < self.context else "")
                 )
 
 

@@ -29,6 +29,7 @@ from expertflow_quant.offload.slots import plan_slots
 from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime.experts import NAME, LayerExperts, attach, experts_forward
 
+VERSION = 1
 LOADING_OPTIONS = ("expert_memory", "verify")
 
 
@@ -39,17 +40,27 @@ class ExpertFlowConfig(QuantizationConfigMixin):
     ``expert_memory``: device bytes for experts, as ``offload.budget.parse_budget`` reads them (default: all
     resident). ``verify``: check the sha256 of every file before loading (default), not only the sizes. Give
     them as ``from_pretrained(OUT, quantization_config=ExpertFlowConfig(expert_memory="2MiB"))``; they are
-    never saved.
+    never saved. Raises ExpertFlowError for a version or an option that this build does not know.
     """
 
     def __init__(
-        self, expert_memory: int | str = "100%", verify: bool = True, quant_method: str = NAME, **saved: Any
+        self,
+        expert_memory: int | str = "100%",
+        verify: bool = True,
+        version: int = VERSION,
+        quant_method: str = NAME,
+        **unknown: Any,
     ) -> None:
+        if unknown or version != VERSION:
+            odd = ", ".join(sorted(unknown)) or f"version {version!r}"
+            raise ExpertFlowError(
+                f"quantization_config has {odd}, which this build (version {VERSION}) does not know: use the "
+                "matching expertflow-quant or quantize again"
+            )
         self.quant_method = quant_method
+        self.version = version
         self.expert_memory = expert_memory
         self.verify = verify
-        for name, value in saved.items():
-            setattr(self, name, value)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config given to ``from_pretrained`` overrides in the checkpoint's own."""
@@ -139,10 +150,10 @@ class ExpertFlowQuantizer(HfQuantizer):
 
 
 def _matching_modules(model: Any, layers: list[LayerEntry]) -> list[Any]:
-    """The model's experts modules in the checkpoint's order. Raises ExpertFlowError unless both have the
-    same.
+    """The model's experts modules in the checkpoint's order; a class without its head lacks the name's
+    prefix.
 
-    Names may lack the outermost prefix, in a model class without its head.
+    Raises ExpertFlowError unless model and checkpoint have the same.
     """
     found = dict(expert_modules(model))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -170,8 +181,7 @@ def _check_sizes(name: str, module: Any, entry: LayerEntry) -> None:
 
 
 def _strip(module: Any) -> None:
-    """Take the expert weights (on the meta device) out of ``module`` and mark it as needing no
-    initialisation."""
+    """Take the expert weights, which are on the meta device, out of ``module``."""
     for name in expert_parameters(module).values():
         del module._parameters[name]
     module._is_hf_initialized = True  # otherwise transformers initialises the absent parameters

@@ -18,8 +18,7 @@ from expertflow_quant.runtime.answers import Generation, TextEmitter
 
 
 class TokenQueue(BaseStreamer):
-    """Takes the tokens that ``generate`` pushes (its first push is the prompt, and left out), then None or an
-    error."""
+    """Takes the tokens that ``generate`` pushes; the first push is the prompt and is left out."""
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
@@ -35,6 +34,7 @@ class TokenQueue(BaseStreamer):
         """Left to ``conclude``, which also comes when generation fails."""
 
     def conclude(self, error: BaseException | None) -> None:
+        """No more tokens come; ``error`` is why, if generation failed."""
         self._items.put(error)
 
     def get(self) -> int | None:
@@ -58,11 +58,11 @@ class Cancellable(StoppingCriteria):
 
 
 class TokenStream(Iterator[str]):
-    """Pieces of one answer's text, one per token ("" while a character is unfinished); afterwards ``last`` is
-    the whole answer, or after ``close`` what had been read of it.
+    """Pieces of one answer's text, one per token ("" while a character is unfinished).
 
-    ``generate(tokens, cancellable)`` runs the model, in a thread; ``conclude(token_ids)`` makes a Generation
-    of the tokens that were read. What ``generate`` raises, the reader gets.
+    Afterwards ``last`` is the whole answer, or after ``close`` what had been read of it. ``generate(tokens,
+    cancellable)`` runs the model, in a thread; ``conclude(token_ids)`` makes a Generation of the tokens that
+    were read. What ``generate`` raises, the reader gets.
     """
 
     def __init__(

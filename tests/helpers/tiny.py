@@ -151,12 +151,9 @@ def write_checkpoint(
             del kept[f"{name}.{parameter}"]
     backbone = [PendingTensor.ready(name, tensor.contiguous()) for name, tensor in kept.items()]
     writer.write_backbone(backbone, shard_bytes)
-    written = json.loads(model.config.to_json_string(use_diff=False)) | (config or {})
-    written |= {
-        "architectures": [type(model).__name__],
-        "quantization_config": {"quant_method": "expertflow"},
-    }
-    writer.write_json("config.json", written)
+    ours = {"quantization_config": {"quant_method": "expertflow", "version": 1}}
+    written = json.loads(model.config.to_json_string(use_diff=False)) | ours | (config or {})
+    writer.write_json("config.json", written | {"architectures": [type(model).__name__]})
     writer.write_json("generation_config.json", json.loads(model.generation_config.to_json_string()))
     writer.finish(folder.name, model.config.model_type, {})
     return folder

@@ -133,6 +133,18 @@ def test_a_dropped_stream_ends_by_itself(engine):
     assert not stream_threads()
 
 
+def test_a_stream_closed_while_it_waits_for_its_turn_never_runs(engine):
+    first, waiting = engine.stream(CONVERSATIONS[1], 40), engine.stream(CONVERSATIONS[0], 40)
+    before = engine.stats.requests
+    closer = threading.Thread(target=waiting.close)
+    closer.start()
+    list(first)
+    after = engine.stats.requests
+    closer.join(60)
+    assert waiting.last.completion_tokens == 0
+    assert engine.stats.requests == after > before
+
+
 def test_what_generation_raises_reaches_the_reader(engine, monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("disk on fire")
@@ -205,6 +217,10 @@ def test_sampling_is_repeated_by_its_seed_and_leaves_the_global_generator_alone(
 def test_a_sliver_of_top_p_is_greedy(engine):
     wanted = engine.generate([asked()], 12)[0].token_ids
     assert engine.generate([asked()], 12, temperature=1.0, top_p=1e-6, seed=0)[0].token_ids == wanted
+
+
+def test_the_context_is_known(engine):
+    assert engine.context == 256
 
 
 def test_no_conversations_no_answers(engine):

@@ -1,5 +1,6 @@
 """Checkpoints through transformers' own from_pretrained, for every family, format and budget."""
 
+import copy
 import json
 import os
 import subprocess
@@ -145,7 +146,7 @@ def test_the_config_carries_the_expert_memory_too(mixed_checkpoints):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config)
     assert model.expert_cache.device_bytes <= model.expert_cache.store.nbytes * 3 // 4
     saved = json.loads(model.config.to_json_string())
-    assert saved["quantization_config"] == {"quant_method": "expertflow"}
+    assert saved["quantization_config"] == {"quant_method": "expertflow", "version": 1}
     assert "transformers_weights" not in saved
 
 
@@ -241,6 +242,23 @@ def test_a_format_that_this_build_does_not_know_is_named(copied):
     (copied / "manifest.json").write_text(text.replace('"int3-g16-asym"', '"nf5-g16"'))
     with pytest.raises(ExpertFlowError, match="format 'nf5-g16' is not known"):
         opened("qwen3_moe", copied)
+
+
+@pytest.mark.parametrize("odd", [{"version": 2}, {"shape": "round"}])
+def test_a_config_that_asks_for_what_is_not_implemented_is_refused(odd, tmp_path):
+    model = tiny.tiny_model("qwen3_moe")
+    asked = {"quantization_config": {"quant_method": "expertflow", **odd}}
+    folder = tiny.write_checkpoint(model, tmp_path / "q", mixed, config=asked)
+    with pytest.raises(ExpertFlowError, match=f"has .*{next(iter(odd))}"):
+        opened("qwen3_moe", folder)
+
+
+def test_a_copied_model_shares_the_experts(mixed_checkpoints):
+    _, folder = mixed_checkpoints("qwen3_moe")
+    inputs, model = tiny.model_inputs("qwen3_moe"), opened("qwen3_moe", folder)
+    twin = copy.deepcopy(model)
+    assert twin.expert_cache is model.expert_cache
+    assert torch.equal(tokens(twin, inputs), tokens(model, inputs))
 
 
 @pytest.mark.parametrize("change", ["narrower", "shorter"])

@@ -18,7 +18,7 @@ from expertflow_quant.serve.work import AnswerEngine
 
 
 def create_app(engine: AnswerEngine, model_name: str, limits: Limits | None = None) -> FastAPI:
-    """An application that answers for `engine` under the name `model_name`.
+    """An application that answers for ``engine`` under the name ``model_name``.
 
     The engine is used from one thread only. The worker starts and stops with the application's lifespan.
     """

@@ -19,7 +19,7 @@ def chat_messages(request: ChatRequest, limits: Limits) -> list[ChatMessage]:
 
 
 def sampling(request: ChatRequest, limits: Limits) -> Sampling:
-    """Raises ApiError when more tokens are asked for than `limits` allow."""
+    """Raises ApiError when more tokens are asked for than ``limits`` allow."""
     wanted = request.token_limit
     if wanted is not None and wanted > limits.max_tokens:
         raise ApiError(

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """A request that is answered with an error. `param` names the field, `code` is for programs."""
+    """A request that is answered with an error. ``param`` names the field, ``code`` is for programs."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ def unknown_model(name: str, served: str) -> ApiError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer every failure of `app`, routing included, in the one shape."""
+    """Answer every failure of ``app``, routing included, in the one shape."""
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:

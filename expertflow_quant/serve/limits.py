@@ -7,7 +7,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one server. Sizes in bytes, pixels or tokens; all at least 1, `max_queue` at least 0."""
+    """Bounds of one server. Sizes in bytes, pixels or tokens; all at least 1, ``max_queue`` at least 0."""
 
     max_queue: int = 16
     """Requests that may wait while one is answered; the next one gets 429."""
@@ -21,6 +21,13 @@ class Limits:
     """Of one image, read from its header before a pixel is decoded."""
     max_request_pixels: int = 2 * 4096 * 4096
     """Of all images of one request together."""
+
+    @classmethod
+    def for_context(cls, context: int, max_queue: int, max_tokens: int | None = None) -> "Limits":
+        """For a model that reads and writes ``context`` tokens in all: an answer that names no length leaves
+        at least three quarters of it to the prompt."""
+        longest = min(context, max_tokens or context)
+        return cls(max_queue, longest, min(256, longest, max(1, context // 4)))
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -18,7 +18,7 @@ _CACHE = (
 
 
 class Metrics:
-    """Counters of one server; `outcome` is ok, cancelled, refused, busy or failed."""
+    """Counters of one server; ``outcome`` is ok, cancelled, refused, busy or failed."""
 
     def __init__(self, stats: Callable[[], CacheStats], waiting: Callable[[], int]) -> None:
         self._registry = registry = CollectorRegistry()

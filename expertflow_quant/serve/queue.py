@@ -1,7 +1,7 @@
 """One engine, one worker thread: requests wait in a bounded first-in, first-out queue.
 
 A request takes a place before its images are decoded and holds it until its answer has ended, so at most
-`max_queue` + 1 requests have pictures in memory. A cancelled request gives its place back at once while it
+``max_queue`` + 1 requests have pictures in memory. A cancelled request gives its place back at once while it
 waits, and within one token while it is answered.
 """
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class QueueFull(ExpertFlowError):
-    """No place is free; `retry_after` seconds are about one answer's time."""
+    """No place is free; ``retry_after`` seconds are about one answer's time."""
 
     def __init__(self, max_queue: int, retry_after: int) -> None:
         super().__init__(
@@ -30,7 +30,7 @@ class QueueFull(ExpertFlowError):
 
 
 class RequestQueue:
-    """Between `start()` and `stop()` it answers what is submitted. Safe to call from any thread."""
+    """Between ``start()`` and ``stop()`` it answers what is submitted. Safe to call from any thread."""
 
     def __init__(self, engine: AnswerEngine, max_queue: int) -> None:
         self._engine = engine
@@ -59,7 +59,7 @@ class RequestQueue:
         self._worker.start()
 
     def stop(self, patience: float = 10.0) -> None:
-        """Cancel what waits and what runs, and wait up to `patience` seconds for the worker to end."""
+        """Cancel what waits and what runs, and wait up to ``patience`` seconds for the worker to end."""
         with self._changed:
             self._stopped = True
             dropped = [*self._jobs]
@@ -71,7 +71,7 @@ class RequestQueue:
             self._worker.join(patience)
 
     def take_place(self) -> None:
-        """Hold a place; `submit` or `give_back` must follow. Raises QueueFull."""
+        """Hold a place; ``submit`` or ``give_back`` must follow. Raises QueueFull."""
         with self._changed:
             if self._places > self._max_queue:
                 raise QueueFull(self._max_queue, min(60, max(1, math.ceil(self._usual_seconds))))
@@ -82,7 +82,7 @@ class RequestQueue:
             self._places -= 1
 
     def submit(self, job: Job) -> None:
-        """Put `job` into the place that was taken for it; the place comes back when the job ends."""
+        """Put ``job`` into the place that was taken for it; the place comes back when the job ends."""
         with self._changed:
             stopped = self._stopped
             if not stopped:
@@ -92,7 +92,7 @@ class RequestQueue:
             self._end(job, Failed(Stopped("the server stopped")))
 
     def cancel(self, job: Job) -> None:
-        """End `job` early; nothing happens when it has ended already."""
+        """End ``job`` early; nothing happens when it has ended already."""
         job.cancelled.set()
         with self._changed:
             waited = job in self._jobs

@@ -17,7 +17,7 @@ def model_card(name: str, created: int) -> dict[str, Any]:
 
 
 def usage(done: Done) -> dict[str, Any]:
-    """Tokens as the engine counted them; `prompt_tokens` includes the image tokens, also given apart."""
+    """Tokens as the engine counted them; ``prompt_tokens`` includes the image tokens, also given apart."""
     return {
         "prompt_tokens": done.prompt_tokens,
         "completion_tokens": done.completion_tokens,

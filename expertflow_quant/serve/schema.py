@@ -1,8 +1,8 @@
 """The request of /v1/chat/completions: what is understood, what is let pass, what is refused by name.
 
 Nothing that would change the answer is ignored. A field is in one of three tables: the models below
-(understood), `HARMLESS` (taken and not used: it changes no answer) or `REFUSED` (its neutral values pass, any
-other is an error that names the remedy). A field in none of them is an error too.
+(understood), ``HARMLESS`` (taken and not used: it changes no answer) or ``REFUSED`` (its neutral values pass,
+any other is an error that names the remedy). A field in none of them is an error too.
 """
 
 from typing import Any, Literal
@@ -52,14 +52,15 @@ class _Model(BaseModel):
 
 
 class ImageUrl(_Model):
-    """`url` is a data URL; `detail` asks for the resolution that the model's own processor chooses anyway."""
+    """``url`` is a data URL; ``detail`` asks for the resolution that the model's own processor chooses
+    anyway."""
 
     url: str
     detail: Literal["auto", "high"] | None = None
 
 
 class Part(_Model):
-    """A piece of a message: text or an image, as `type` says."""
+    """A piece of a message: text or an image, as ``type`` says."""
 
     type: Literal["text", "image_url"]
     text: str | None = None
@@ -120,7 +121,7 @@ class StreamOptions(_Model):
 
 
 class ChatRequest(_Model):
-    """A request to answer. `temperature` left out or 0 means the most likely token each time."""
+    """A request to answer. ``temperature`` left out or 0 means the most likely token each time."""
 
     model: str
     messages: list[Message] = Field(min_length=1)
@@ -156,7 +157,7 @@ class ChatRequest(_Model):
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
-    """`body`: UTF-8 JSON. Raises ApiError (400) naming the first field that is wrong or not supported."""
+    """``body``: UTF-8 JSON. Raises ApiError (400) naming the first field that is wrong or not supported."""
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError as error:

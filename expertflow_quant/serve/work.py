@@ -24,7 +24,7 @@ class Generation(Protocol):
 
 
 class AnswerStream(Protocol):
-    """Pieces of an answer, one a token; `close` ends it early, `last` is what came until then."""
+    """Pieces of an answer, one a token; ``close`` ends it early, ``last`` is what came until then."""
 
     @property
     def last(self) -> Generation | None: ...
@@ -46,7 +46,7 @@ class CacheStats(Protocol):
 
 
 class AnswerEngine(Protocol):
-    """What the server needs of `expertflow_quant.runtime.engine.Engine`; tests bring a small fake."""
+    """What the server needs of ``expertflow_quant.runtime.engine.Engine``; tests bring a small fake."""
 
     @property
     def stats(self) -> CacheStats: ...
@@ -64,7 +64,7 @@ class AnswerEngine(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn; temperature 0 is greedy. `stop`: texts that end it and are no part of it."""
+    """How one answer is drawn; temperature 0 is greedy. ``stop``: texts that end it and are no part of it."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -92,7 +92,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """No answer: `error` says why. A cancelled request ends so too."""
+    """No answer: ``error`` says why. A cancelled request ends so too."""
 
     error: Exception
 
@@ -110,7 +110,7 @@ Event = Delta | Done | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. `deliver` takes its events and may be called from the worker's thread."""
+    """A request on its way. ``deliver`` takes its events and may be called from the worker's thread."""
 
     messages: Sequence[ChatMessage]
     sampling: Sampling

@@ -188,9 +188,9 @@ class Manifest:
         value = read_json(path)
         try:
             return _manifest(value, Path(folder))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{path}: {reason}: restore the manifest or quantize again") from error
 
@@ -222,7 +222,7 @@ def _manifest(value: object, folder: Path) -> Manifest:
     top = _typed(value, dict, "the manifest")
     if top.get("format") != FORMAT_NAME or top.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / MANIFEST_FILE} is {top.get('format')!r} version {top.get('version')!r}, this build "
+            f"this is {top.get('format')!r} version {top.get('version')!r}, this build "
             f"reads {FORMAT_NAME!r} version {FORMAT_VERSION}: use a matching expertflow-quant or quantize "
             f"again"
         )

@@ -45,6 +45,8 @@ class CheckpointReader:
             raise CheckpointError(
                 "; ".join(faults) + ": copy the checkpoint again or quantize again with --overwrite"
             )
+        for layer in range(len(self.manifest.layers)) if full else ():
+            self._mapped(layer)
 
     def _fault(self, entry: FileEntry, full: bool) -> str | None:
         path = inner_path(self.folder, entry.file)

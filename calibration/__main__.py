@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from calibration.measure import measure_errors
+from calibration.measure import measure_errors, weights_digest
 from calibration.plan import Choice, ExpertErrors, choose, errors_from_json, errors_to_json
 from expertflow_quant.formats import ExpertFlowError, Format
-from expertflow_quant.samples import make_items
+from expertflow_quant.pipeline.samples_io import generated_samples
+from expertflow_quant.quantize import ScaleRule
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(soft_wrap=True)
@@ -30,16 +31,17 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="plan file to write")],
     average_bits: Annotated[float, typer.Option(help="of the codes, over all experts' weights")] = 3.0,
     formats: Annotated[str, typer.Option(help="formats to choose from")] = "int2-g32,int3-g32,int4-g32",
-    items: Annotated[int, typer.Option(min=1, help="calibration questions per task")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="generated calibration items")] = 64,
+    scales: Annotated[str, typer.Option(help="how a group's range is found: absmax or mse")] = "absmax",
     errors: Annotated[Path | None, typer.Option(help="keep, or reuse, the measured errors")] = None,
 ) -> None:
     """A format for every expert: least damage at an average number of bits (for quantize --plan)."""
     try:
         choices = [Format.parse(name.strip()) for name in formats.split(",")]
-        measured = _measured(model, choices, items, errors)
+        measured = _measured(model, choices, samples, _scale_rule(scales), errors)
         choice = choose(measured, average_bits)
     except ExpertFlowError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
     _write(output, choice.to_plan())
     console.print(_summary(choice, measured))
@@ -47,24 +49,35 @@ def plan(
     console.print(f"{output}: {choice.average_bits:.2f} bits on average", highlight=False)
 
 
-def _measured(model: Path, formats: list[Format], items: int, errors: Path | None) -> list[ExpertErrors]:
+def _scale_rule(name: str) -> ScaleRule:
+    rules: dict[str, ScaleRule] = {"absmax": "absmax", "mse": "mse"}
+    if name not in rules:
+        raise ExpertFlowError(f"scales {name!r} are not known: use {' or '.join(rules)}")
+    return rules[name]
+
+
+def _measured(
+    model: Path, formats: list[Format], samples: int, scales: ScaleRule, errors: Path | None
+) -> list[ExpertErrors]:
     """Errors read from ``errors`` if they were measured so, else measured now and written there."""
-    head = {
-        "model": str(model),
+    head: dict[str, Any] = {
+        "model": model.resolve().name,
         "formats": [form.name for form in formats],
-        "items": {"chart": items, "document": items},
-        "split": "calibration",
+        "weights": weights_digest(model),
+        "samples": samples,
         "method": "rtn",
+        "scales": scales,
     }
     if errors is not None and errors.exists():
         return _read_errors(errors, head)
-    tasks = ("chart", "document")
-    drawn = [item for task in tasks for item in make_items(task, "calibration", items)]
-    samples = [{"messages": item.messages} for item in drawn]
     with Progress(console=console) as bar:
         row = bar.add_task("measuring layers", total=None)
         measured = measure_errors(
-            model, samples, formats, lambda done, total: bar.update(row, completed=done, total=total)
+            model,
+            generated_samples(samples),
+            formats,
+            lambda done, total: bar.update(row, completed=done, total=total),
+            scales,
         )
     if errors is not None:
         _write(errors, errors_to_json(head, measured))

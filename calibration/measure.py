@@ -7,6 +7,7 @@ shrinks all damages and mostly keeps their order. Adding damages of experts and 
 interact.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,32 +23,50 @@ from expertflow_quant.models.processor import load_processor
 from expertflow_quant.pipeline.batches import CalibrationData
 from expertflow_quant.pipeline.observe import Observations, ObservedLayer, in_dtype
 from expertflow_quant.pipeline.stream import ModelStream
-from expertflow_quant.quantize import quantize_rtn
+from expertflow_quant.quantize import ScaleRule, quantize_rtn
 
 Progress = Callable[[int, int], None]
+_END_BYTES = 1 << 22
 
 
 def measure_errors(
-    model: Path, samples: Sequence[dict[str, Any]], formats: Sequence[Format], progress: Progress
+    model: Path,
+    samples: Sequence[dict[str, Any]],
+    formats: Sequence[Format],
+    progress: Progress,
+    scales: ScaleRule = "absmax",
 ) -> list[ExpertErrors]:
     """The damage of every format in ``formats`` to every expert of ``model``, one layer in memory at a time.
 
-    ``samples``: conversations ``{"messages": [...]}``. ``progress`` gets (layers done, layers). Raises
-    ExpertFlowError for a model or samples that cannot be read.
+    ``samples``: conversations ``{"messages": [...]}``. ``progress`` gets (layers done, layers). ``scales``:
+    how a group's range is found, as in rounding. Raises ExpertFlowError for a model or samples that cannot
+    be read.
     """
     stream = ModelStream(model)
     data = CalibrationData.from_samples(load_processor(model), samples)
     measured: list[ExpertErrors] = []
     with torch.no_grad():
         for layer in Observations(stream, data).layers():
-            measured += _layer_errors(stream, layer, formats)
+            measured += _layer_errors(stream, layer, formats, scales)
             progress(layer.layer.index + 1, len(stream.layers))
     stream.close()
     return measured
 
 
+def weights_digest(model: Path) -> str:
+    """SHA-256 over the ends of the model's weight files and their sizes: tells models apart, quickly."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_END_BYTES)
+            file.seek(max(0, size - _END_BYTES))
+            digest.update(f"{path.name} {size}\n".encode() + head + file.read())
+    return digest.hexdigest()
+
+
 def _layer_errors(
-    stream: ModelStream, layer: ObservedLayer, formats: Sequence[Format]
+    stream: ModelStream, layer: ObservedLayer, formats: Sequence[Format], scales: ScaleRule
 ) -> Iterator[ExpertErrors]:
     """Damages of one layer's experts; the layer's energy is known once all of them have been run."""
     gate, energy, found = stream.gate(layer.layer.index), 0.0, []
@@ -58,7 +77,7 @@ def _layer_errors(
         exact = expert_product(inputs, expert, gate)
         energy += _energy(exact, weights)
         damage = {
-            form: _energy(expert_product(inputs, _rounded(expert, form), gate) - exact, weights)
+            form: _energy(expert_product(inputs, _rounded(expert, form, scales), gate) - exact, weights)
             for form in formats
         }
         size = expert.gate_up.numel() + expert.down.numel()
@@ -67,12 +86,12 @@ def _layer_errors(
         yield replace(errors, damage={form: lost / (energy or 1.0) for form, lost in errors.damage.items()})
 
 
-def _rounded(expert: ExpertWeights, form: Format) -> ExpertWeights:
+def _rounded(expert: ExpertWeights, form: Format, scales: ScaleRule) -> ExpertWeights:
     """The expert with both matrices rounded to ``form`` and decoded again; biases as they are."""
     if not form.is_int:
         return expert
     matrices = {
-        name: quantize_rtn(getattr(expert, name), form).dequantize(expert.gate_up.dtype)
+        name: quantize_rtn(getattr(expert, name), form, scales=scales).dequantize(expert.gate_up.dtype)
         for name in ("gate_up", "down")
     }
     return replace(expert, **matrices)

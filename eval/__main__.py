@@ -70,7 +70,7 @@ def main(
             comparisons += compare(judged[0], judgements[1], MARGIN_OWN, seed)
             judgements += judged
     except ValueError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     settings = {"items": items, "expert_memory": expert_memory, "batch_size": batch_size, "seed": seed}
     settings |= {"resamples": RESAMPLES, "confidence": CONFIDENCE}

@@ -19,7 +19,7 @@ from eval.judge import Comparison, Judgement, System, compare, load_judgement
 from eval.metrics import relaxed_accuracy
 from eval.plots import comparison_figure, save
 from eval.pool import ROOT, Job, JobError, Pool, library_command
-from eval.provenance import provenance
+from eval.provenance import device_name, provenance, short_path
 from eval.report import cells_table, make_console, results_json, table_cells, write_json
 from eval.stats import MARGIN_DENSE, MARGIN_OWN
 from eval.tasks import GENERATED, Task, generated_tasks
@@ -108,7 +108,7 @@ def main(
         demo = Demo(folder.resolve(), moe.resolve(), dense.resolve(), items, Pool(workers, console), console)
         run(demo, record)
     except (JobError, ValueError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(f"\nThe whole demo took {time.perf_counter() - start:.0f} s.", highlight=False)
 
@@ -116,12 +116,16 @@ def main(
 def run(demo: Demo, record: bool) -> None:
     """All steps."""
     tasks = generated_tasks(demo.items)
-    with demo.step("quantize", f"Quantize {shown(demo.moe)} {len(VARIANTS)} ways, expert by expert"):
+    demo.console.print(
+        f"On {device_name('cpu')}, {demo.pool.workers} processes side by side, one thread each.",
+        highlight=False,
+    )
+    with demo.step("quantize", f"Quantize {short_path(demo.moe)} {len(VARIANTS)} ways, expert by expert"):
         quantize_all(demo)
-    with demo.step("serve", f"Serve {shown(demo.folder / SERVED)} and ask it about a chart, streaming"):
+    with demo.step("serve", f"Serve {short_path(demo.folder / SERVED)} and ask it about a chart, streaming"):
         conversation = serve_and_ask(demo, tasks[0])
-    what = f"{demo.items} held-out chart questions and {demo.items} document questions"
-    with demo.step("judge", f"Judge every variant and the dense twin on {what}"):
+    what = f"{demo.items} held-out chart and {demo.items} document questions"
+    with demo.step("judge", f"Judge them, the original and its dense twin on {what}"):
         judgements = judge_all(demo, tasks)
     identical = check_identical(demo)
     comparisons = compare_all(judgements)
@@ -137,10 +141,7 @@ def run(demo: Demo, record: bool) -> None:
     results |= {"table": {"columns": columns, "rows": rows}}
     for place in (demo.folder / "results", *([RESULTS] if record else [])):
         write_json(place / "demo.json", results)
-        save(
-            comparison_figure(judgements[1:], [c for c in comparisons if c.system != "bf16"], tasks),
-            place / "demo.png",
-        )
+        save(comparison_figure(judgements, comparisons, tasks), place / "demo.png")
     conclude(demo, columns, rows, identical)
 
 
@@ -171,7 +172,8 @@ def quantize_job(demo: Demo, variant: Variant) -> Job:
     if plan in options:
         decide = (sys.executable, "-m", "calibration", "plan", str(demo.moe))
         commands = ((*decide, "--average-bits", str(AVERAGE_BITS), "-o", plan), make)
-    return Job(variant.name, commands, demo.log(f"quantize-{variant.name}"))
+    note = f"{' '.join(variant.options)}{', after calibration plan' if plan in options else ''}"
+    return Job(variant.name, commands, demo.log(f"quantize-{variant.name}"), note)
 
 
 def serve_and_ask(demo: Demo, charts: Task) -> dict[str, Any]:
@@ -180,9 +182,11 @@ def serve_and_ask(demo: Demo, charts: Task) -> dict[str, Any]:
     picture = demo.folder / "question.png"
     item.image.save(picture)
     console = demo.console
-    console.print(f"   expertflow-quant serve {shown(demo.folder / SERVED)} --expert-memory {EXPERT_MEMORY}")
+    console.print(
+        f"   expertflow-quant serve {short_path(demo.folder / SERVED)} --expert-memory {EXPERT_MEMORY}"
+    )
     with served(demo.folder / SERVED, EXPERT_MEMORY, demo.log("serve")) as base_url:
-        console.print(f"   picture: {shown(picture)}\n   question: {item.question}", highlight=False)
+        console.print(f"   picture: {short_path(picture)}\n   question: {item.question}", highlight=False)
         console.print("   streamed answer, piece by piece: ", end="")
         limit, show = item.max_new_tokens, lambda piece: console.out(piece, end="|", highlight=False)
         answer = ask(base_url, item.image, item.prompt, limit, show)
@@ -218,7 +222,12 @@ def judge_job(demo: Demo, system: System) -> Job:
     command += [str(demo.answers), "--items", str(demo.items), "--expert-memory", system.expert_memory]
     command += ["--check", str(CHECKED_ITEMS)]
     lines, total = demo.answers / f"{system.name}.jsonl", demo.items * len(GENERATED)
-    return Job(system.name, (tuple(command),), demo.log(f"judge-{system.name}"), lines, total)
+    note = (
+        f"{total} questions; tokens compared at three budgets"
+        if system.is_checkpoint
+        else f"{total} questions"
+    )
+    return Job(system.name, (tuple(command),), demo.log(f"judge-{system.name}"), note, lines, total)
 
 
 def check_identical(demo: Demo) -> dict[str, Any]:
@@ -258,17 +267,10 @@ def conclude(demo: Demo, columns: list[str], rows: list[list[str]], identical: d
     title = f"Expert memory {EXPERT_MEMORY}, {demo.items} questions a task; in brackets: points against bf16"
     demo.console.print(cells_table(title, columns, rows))
     demo.console.print(
-        f"Intervals, verdicts, plot: {shown(demo.folder / 'results')}; every answer: {shown(demo.answers)}",
+        f"Intervals, verdicts, plot: {short_path(demo.folder / 'results')}; "
+        f"every answer: {short_path(demo.answers)}",
         highlight=False,
     )
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be said from here."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 if __name__ == "__main__":

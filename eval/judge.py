@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 
 from eval.metrics import METRICS_VERSION
-from eval.provenance import device_name, model_fingerprint, versions
+from eval.provenance import device_name, model_fingerprint, short_path, versions
 from eval.records import ItemResult, ResultsFile, read_results
 from eval.runner import Answerer, Batch, answer_batch, run_tasks
 from eval.stats import PairedDifference, paired_difference
@@ -94,7 +94,7 @@ class Judgement:
         return {
             "name": self.system.name,
             "label": self.system.label,
-            "path": str(self.system.path),
+            "path": short_path(self.system.path),
             "expert_memory": self.system.expert_memory if self.system.is_checkpoint else None,
             "expert_bytes": self.expert_bytes,
             "device_expert_bytes": self.device_expert_bytes,

@@ -16,7 +16,7 @@ from eval.judge import Comparison, Judgement
 from eval.tasks import Task
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8A8A8A")
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8A8A8A")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,

@@ -27,12 +27,14 @@ class JobError(RuntimeError):
 class Job:
     """Commands to be run one after the other in the checkout's root; all they print goes to ``log``.
 
-    ``total`` lines of the file ``lines`` (after its first) are the whole job, for its progress bar.
+    ``total`` lines of the file ``lines`` (after its first) are the whole job, for its bar; ``note`` is
+    said when it is done.
     """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
     log: Path
+    note: str = ""
     lines: Path | None = None
     total: int | None = None
 
@@ -53,8 +55,8 @@ class Pool:
             started = {threads.submit(self._run_job, job): job for job in jobs}
             try:
                 for future in as_completed(started):
-                    seconds, name = future.result(), started[future].name
-                    self.console.print(f"   {seconds:6.1f} s  {name}", highlight=False)
+                    seconds, job = future.result(), started[future]
+                    self.console.print(f"   {seconds:6.1f} s  {job.name:<10} {job.note}", highlight=False)
             except BaseException:
                 self._stop()
                 raise

@@ -75,6 +75,14 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def short_path(path: Path) -> str:
+    """A path as it can be said from here; outside the working folder as it was given."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 def _add_content(digest: "hashlib._Hash", path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:

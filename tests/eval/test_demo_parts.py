@@ -21,7 +21,7 @@ from eval.report import cells_table
 
 def job(tmp_path, name: str, *programs: str) -> Job:
     commands = tuple((sys.executable, "-c", program) for program in programs)
-    return Job(name, commands, tmp_path / f"{name}.log", tmp_path / f"{name}.jsonl", 2)
+    return Job(name, commands, tmp_path / f"{name}.log", "done", tmp_path / f"{name}.jsonl", 2)
 
 
 def quiet() -> Console:
@@ -41,7 +41,7 @@ print("met")
     jobs = [job(tmp_path, name, meet.replace("NAME", repr(name)), "print('second')") for name in "ab"]
     Pool(2, console).run(jobs)
     assert (tmp_path / "a.log").read_text() == "met\nsecond\n"
-    assert "s  a" in console.file.getvalue()
+    assert "s  a          done" in console.file.getvalue()
 
 
 def test_the_first_failure_stops_the_others_and_shows_its_log(tmp_path):

@@ -83,7 +83,7 @@ def test_damage_shrinks_with_every_bit_and_is_a_share(small_moe):
 
 def test_the_command_writes_a_plan_and_keeps_the_errors(small_moe, tmp_path, monkeypatch):
     plan, errors = tmp_path / "plan.json", tmp_path / "errors.json"
-    command = ["plan", str(small_moe), "-o", str(plan), "--errors", str(errors), "--items", "2"]
+    command = ["plan", str(small_moe), "-o", str(plan), "--errors", str(errors), "--samples", "4"]
     outcome = CliRunner().invoke(app, [*command, "--average-bits", "2.5"])
     assert outcome.exit_code == 0, outcome.output
     formats = [Plan.load(plan).format(layer, expert) for layer in range(6) for expert in range(16)]
@@ -94,3 +94,5 @@ def test_the_command_writes_a_plan_and_keeps_the_errors(small_moe, tmp_path, mon
     outcome = CliRunner().invoke(app, [*command[:-1], "3"], env={"COLUMNS": "300"})
     assert outcome.exit_code == 1
     assert "delete it to measure again" in outcome.output
+    outcome = CliRunner().invoke(app, [*command, "--scales", "mean"], env={"COLUMNS": "300"})
+    assert "use absmax or mse" in outcome.output

@@ -1,7 +1,7 @@
 """Where ``up`` keeps the checkpoints that it made: a folder per model and settings, so nothing is made twice.
 
 The folder's name ends in a digest of everything that decides the checkpoint: the model's files, the method,
-the plan, the calibration items and the version of the checkpoint format. Files up to 64 MiB count with their
+the plan, the calibration items and the version of this package. Files up to 64 MiB count with their
 content, larger ones with their size, their time of change and their first MiB.
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from expertflow_quant.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE
+import expertflow_quant
+from expertflow_quant.checkpoint.manifest import MANIFEST_FILE
 from expertflow_quant.checkpoint.plan import Plan
 from expertflow_quant.formats.errors import ExpertFlowError
 
@@ -50,7 +51,7 @@ class Recipe:
     def digest(self) -> str:
         """24 hex digits that are equal when nothing that decides the checkpoint differs."""
         parts = {
-            "format": FORMAT_VERSION,
+            "version": expertflow_quant.__version__,
             "method": self.method,
             "plan": self.plan.to_json(),
             "model": _folder_digest(self.model),

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import typer
 from helpers import tiny
 from typer.testing import CliRunner
 
@@ -20,13 +19,13 @@ from expertflow_quant.checkpoint.manifest import Manifest
 
 openai = pytest.importorskip("openai")
 server = pytest.importorskip("expertflow_quant.serve.server", exc_type=ImportError)
+pytest.importorskip("expertflow_quant.serve.launch", exc_type=ImportError)
 quantize = pytest.importorskip("expertflow_quant.pipeline.quantize")
 
-from expertflow_quant.cli.serve import register  # noqa: E402
+from expertflow_quant.cli.main import app  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 HOW = ("--method", "rtn", "--format", "int4-g16", "--port", "0", "--device", "cpu", "--expert-memory", "50%")
-PROGRAM = "import typer, expertflow_quant.cli.serve as s; app = typer.Typer(); s.register(app); app()"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +41,6 @@ def invoke(monkeypatch):
     """Run a command in this process up to the point where it would wait for requests."""
     served = []
     monkeypatch.setattr(server, "run", lambda app, listener: served.append(server.address(listener)))
-    app = typer.Typer()
-    register(app)
 
     def run(*arguments, code=0):
         served.clear()
@@ -60,7 +57,7 @@ def running(*arguments):
     """The command in a process of its own; gives its output so far and its address once it has one."""
     env = {**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        [sys.executable, "-m", "expertflow_quant.cli.main", *map(str, arguments)],
         cwd=ROOT,
         env=env,
         text=True,
@@ -99,9 +96,9 @@ def test_up_twice_quantizes_once_and_answers_a_public_client(model, tmp_path, da
             assert chunks[-1].choices[0].finish_reason in ("stop", "length")
             told.append((output, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)))
     (first, text), (second, again) = told
-    assert "quantized in" in first
+    assert "quantizing into" in first
     assert "quantized before" in second
-    assert "quantized in" not in second
+    assert "quantizing" not in second
     assert text == again
 
 
@@ -119,7 +116,7 @@ def test_an_interrupted_up_goes_on_and_ends_with_the_same_bytes(model, tmp_path,
     monkeypatch.setattr(quantize, "quantize_model", stopped)
     invoke("up", model, *HOW, "--cache-dir", tmp_path / "a", code=130)
     monkeypatch.setattr(quantize, "quantize_model", plain)
-    assert "1 layers from an earlier run" in invoke("up", model, *HOW, "--cache-dir", tmp_path / "a")
+    assert "1 layers kept from an earlier run" in invoke("up", model, *HOW, "--cache-dir", tmp_path / "a")
     invoke("up", model, *HOW, "--cache-dir", tmp_path / "b")
     made = [next(path.parent for path in tmp_path.glob(f"{shelf}/*/manifest.json")) for shelf in "ab"]
     assert made[0].name == made[1].name
@@ -158,16 +155,17 @@ def test_serve_shows_what_it_serves_and_refuses_before_it_listens(model, tmp_pat
         (("serve", checkpoint, "--dtype", "int9"), "dtype 'int9' is not known"),
         (("serve", checkpoint, "--max-queue", "-1"), "max_queue is -1"),
         (("up", model, "--format", "int9"), "format 'int9' is not known"),
+        (("up", model, "--format", "int4-g16", "--plan", "p.json"), "give either"),
         (("up", model, "--method", "magic"), "magic"),
     ):
-        assert reason in invoke(*arguments, "--port", "0", code=1)
+        assert reason in invoke(*arguments, "--port", "0", code=2)
 
 
 def test_a_taken_port_is_known_before_anything_is_loaded(model, invoke):
     with contextlib.closing(server.bind("127.0.0.1", 0)) as taken:
         taken.listen()
         port = taken.getsockname()[1]
-        output = invoke("serve", "no-such-folder", "--port", port, code=1)
+        output = invoke("serve", "no-such-folder", "--port", port, code=2)
     assert f"cannot listen on 127.0.0.1:{port}" in output
     assert "--port 0 takes any free one" in output
 
@@ -195,3 +193,12 @@ def test_the_curl_example_is_a_request(data_url, tmp_path):
     (image,) = decode_images([request.messages[0].content[0].image_url.url], Limits())
     assert image.convert("L").tobytes() == noise.tobytes()
     assert io.BytesIO(body).getbuffer().nbytes > 60_000
+
+
+def test_without_the_extra_packages_the_remedy_is_told(model, invoke, monkeypatch):
+    for name in ("launch", "app"):
+        monkeypatch.delitem(sys.modules, f"expertflow_quant.serve.{name}")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for command in ("serve", "up"):
+        output = invoke(command, model, code=2)
+        assert "serving needs fastapi: pip install 'expertflow-quant[serve]'" in output

@@ -19,7 +19,7 @@ from expertflow_quant.formats.spec import Format
 MANIFEST_FILE = "manifest.json"
 FORMAT_NAME = "expertflow-checkpoint"
 FORMAT_VERSION = 1
-COVERAGES = ("routed", "closest", "none")
+COVERAGES = ("routed", "closest", "few", "none")
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class ExpertEntry:
     ``error``: relative error of its output on its calibration rows (of its weights where there were no rows),
     ``|y_q - y| / |y|`` in the Frobenius norm. ``tokens``: calibration tokens routed to it. ``coverage``:
     "routed" (calibrated on these), "closest" (too few: calibrated also on the tokens that came closest to
-    choosing it), "none" (no rows).
+    choosing it), "few" (too few, and nothing to tell which others come close), "none" (no rows).
     """
 
     format: Format

@@ -12,6 +12,7 @@ from expertflow_quant.formats.record import RecordLayout
 from expertflow_quant.formats.spec import BF16
 
 RARE_SHOWN = 12
+REMEDIES = {"closest": "", "few": ", no others", "none": ", rounded only"}
 
 
 def size(nbytes: int) -> str:
@@ -78,18 +79,21 @@ def error_note(manifest: Manifest) -> str:
 
 def rare_note(manifest: Manifest) -> str | None:
     """The experts that too few calibration tokens reached, and what was done; None where all were reached."""
+    if not is_calibrated(manifest):
+        return None
     rare = [
-        f"{layer}.{index} ({expert.tokens} tokens{', rounded only' if expert.coverage == 'none' else ''})"
+        f"{layer}.{index} ({expert.tokens} tokens{REMEDIES[expert.coverage]})"
         for layer, of in enumerate(manifest.layers)
         for index, expert in enumerate(of.experts)
         if expert.coverage != "routed"
     ]
-    if not rare or not is_calibrated(manifest):
-        return None
     more = f" and {len(rare) - RARE_SHOWN} more" if len(rare) > RARE_SHOWN else ""
+    listed = ", ".join(rare[:RARE_SHOWN]) + more
     return (
-        f"{len(rare)} experts saw few tokens and were calibrated also on those that came closest to "
-        f"choosing them: " + ", ".join(rare[:RARE_SHOWN]) + more
+        f"{len(rare)} experts saw few tokens and got those that came closest to choosing them as well: "
+        f"{listed}"
+        if rare
+        else None
     )
 
 

@@ -43,6 +43,7 @@ class CalibrationData:
         ``processor`` may be a plain tokenizer for conversations without images. Raises ExpertFlowError for a
         sample that the processor refuses, naming its number.
         """
+        _check_images(processor, samples)
         groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
         batches = [
             partial(_encode, processor, group, number * batch_size) for number, group in enumerate(groups)
@@ -64,6 +65,23 @@ def samples_digest(samples: Sequence[CalibrationSample]) -> str:
     """sha256 (hex) of conversations: their text, roles, order, and their images' pixels."""
     text = json.dumps([sample["messages"] for sample in samples], default=_image_key, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_images(processor: Any, samples: Sequence[CalibrationSample]) -> None:
+    """What transformers would leave out without a word is refused."""
+    reads_images = getattr(processor, "image_processor", None) is not None
+    for number, sample in enumerate(samples):
+        parts = [part for turn in sample["messages"] for part in turn["content"] if isinstance(part, dict)]
+        for image in [part.get("image") for part in parts if part.get("type") == "image"]:
+            if not reads_images:
+                raise ExpertFlowError(
+                    f"calibration sample {number} has an image, but the model reads text only: give samples "
+                    "without images (--samples)"
+                )
+            if not isinstance(image, Image.Image):
+                raise ExpertFlowError(
+                    f"calibration sample {number}: {image!r} is not a PIL image: open it, or use load_samples"
+                )
 
 
 def _image_key(value: object) -> str:

@@ -93,8 +93,9 @@ class ObservedLayer:
         places = self._places[expert]
         tokens = places // max(self.index.shape[1], 1)
         affinity = self.affinity.reshape(-1)[places].float()
-        coverage = "routed" if len(places) else "none"
-        if len(places) < self.min_tokens and len(closest := self._closest(expert, tokens)):
+        enough = len(places) >= max(self.min_tokens, 1)
+        coverage = "routed" if enough else "few" if len(places) else "none"
+        if not enough and len(closest := self._closest(expert, tokens)):
             tokens = torch.cat([tokens, closest])
             affinity = torch.cat([affinity, self.affinity[closest].float().amin(1)])
             coverage = "closest"
@@ -106,12 +107,12 @@ class ObservedLayer:
         return _places(self.index, self.layer.experts)
 
     def _closest(self, expert: int, own: Tensor) -> Tensor:
-        if self.scores is None:
+        wanted = min(self.min_tokens, self.index.shape[0]) - len(own)
+        if self.scores is None or wanted <= 0:
             return own[:0]
         chosen = self.index.clamp(max=self.layer.experts - 1)
         margin = self.scores[:, expert] - self.scores.gather(1, chosen).amin(1)
         margin[own] = -torch.inf
-        wanted = min(self.min_tokens, margin.shape[0]) - len(own)
         return margin.argsort(descending=True, stable=True)[:wanted].sort().values
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -68,5 +68,5 @@ def _add_state_routes(
         return JSONResponse(state, status_code=200 if queue.alive else 503)
 
     @app.get("/metrics")
-    async def show_metrics(request: Request) -> Response:
+    async def show_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -43,7 +43,7 @@ def test_charts_and_documents_are_read_through_the_server(server, ask):
     documents = make_items("document", "test", ITEMS, seed=11)
     right = [relaxed_accuracy(ask(item), item.answers[0]) for item in charts]
     near = [anls(ask(item), list(item.answers)) for item in documents]
-    assert sum(right) >= ITEMS / 2, right
-    assert sum(near) >= ITEMS / 2, near
+    assert sum(right) >= 3 / 4 * ITEMS, right
+    assert sum(near) >= 3 / 4 * ITEMS, near
     own = server.engine.generate([charts[0].messages], max_new_tokens=charts[0].max_new_tokens)[0]
     assert ask(charts[0]) == own.text

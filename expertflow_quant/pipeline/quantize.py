@@ -213,8 +213,8 @@ class _Work:
         """All that decides the bytes; the files by size and time of change, for hashing them would take
         minutes."""
         files = {path.name: path.stat() for path in [*self._files(), *self.stream.shards.files]}
-        states = {name: [state.st_size, state.st_mtime_ns] for name, state in sorted(files.items())}
-        return {**self._made(), "model": self._model_id, "model files": states}
+        states = {f"file {name}": [state.st_size, state.st_mtime_ns] for name, state in files.items()}
+        return {**self._made(), "model": self._model_id, **states}
 
     def _files(self) -> list[Path]:
         """The model's own small files: configs, processor, tokenizer, templates, license."""

@@ -35,7 +35,10 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 32
 VISION = dict(depth=7, hidden_size=128, intermediate_size=512, num_heads=4)
 SPECIALS = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
 # Words with the blank before them, digits one by one, as Qwen's tokenizers split.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Newlines are written as expressions: jinja drops a literal one in front of a block.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -196,9 +199,8 @@ def main() -> None:
     model = build_model(args.kind, processor).to(torch.bfloat16)
     model.save_pretrained(args.out)
     save_processor(processor, args.out)
-    print(
-        f"{args.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens"
-    )
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{args.out}: {count / 1e6:.2f} M parameters, {len(processor.tokenizer)} tokens")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every picture carries several questions at once: its tokens form one shared pref
 a slot behind it that sees the prefix and itself only. One more slot holds a transcription of the picture's texts.
 """
 
+import contextlib
 import multiprocessing as mp
 import string
 import zlib
@@ -232,8 +233,6 @@ class Feed:
         """Stop the workers and free the memory."""
         for worker in self.workers:
             worker.terminate()
-        try:
+        with contextlib.suppress(BufferError):  # a reader may still look at a block: the memory goes with the process
             self.memory.close()
-        except BufferError:
-            pass
         self.memory.unlink()

@@ -1,9 +1,10 @@
 """Train the shipped models: `python -m calibration.shipped.train moe|dense OUT`.
 
 Two stages. The tower stage teaches the vision tower to name, for each patch, the character it shows and, for each
-cell, the word, what the word is the value of, and its mark's colour (linear heads that are dropped afterwards): dense
-supervision that makes reading appear within minutes where questions alone stay at answer priors. The joint stage trains everything on questions, on a
-transcription of each picture and, with a falling weight, on the heads. On a GPU each step is one CUDA graph.
+cell, the word, what the word is the value of, and its mark's colour (linear heads that are dropped afterwards):
+dense supervision that makes reading appear within minutes where questions alone stay at answer priors. The joint
+stage trains everything on questions, on a transcription of each picture and, with a falling weight, on the heads.
+On a GPU each step is one CUDA graph.
 """
 
 import argparse
@@ -382,12 +383,12 @@ def main() -> None:
     processor = load_processor(args.processor)
     source = feed.Feed(processor.tokenizer, args.workers, recipe["block"], recipe["seed"])
     started = time.time()
-    curve = open(args.out / f"{args.kind}-curve.jsonl", "a", buffering=1)
 
     def log(entry: dict[str, Any]) -> None:
         line = json.dumps({"kind": args.kind, "since_start": round(time.time() - started, 1)} | entry)
         print(line, flush=True)
-        curve.write(line + "\n")
+        with open(args.out / f"{args.kind}-curve.jsonl", "a") as curve:
+            curve.write(line + "\n")
 
     pool = Pool(source, recipe["pool_blocks"], args.device)
     try:

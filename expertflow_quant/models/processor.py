@@ -15,11 +15,15 @@ from transformers.utils import is_torchvision_available
 from expertflow_quant.formats.errors import ExpertFlowError
 
 
-class ImageProcessor(Qwen3VLProcessor):  # type: ignore[misc]
+class ImageProcessor(Qwen3VLProcessor):
     """Qwen3VLProcessor for text and images only; `ProcessorMixin` reads the parts it needs off this signature."""
 
     def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
     ) -> None:
         for name, token in (
             ("image", "<|image_pad|>"),

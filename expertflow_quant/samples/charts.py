@@ -1,4 +1,4 @@
-"""Charts with everything that can be asked about them."""
+"""Charts: bars, lines, pies, groups and stacks."""
 
 import math
 import random
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from expertflow_quant.samples import words
 from expertflow_quant.samples.canvas import SIZE, Canvas, Color
+from expertflow_quant.samples.chart_questions import Table, ask_series, ask_simple
 from expertflow_quant.samples.item import Question
 
 Box = tuple[float, float, float, float]
@@ -21,21 +22,6 @@ TINTS: tuple[Color, ...] = (
     (240, 240, 240),
 )
 TEXT_FONTS = ("Aileron", "Aileron", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif")
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a chart shows: values[row][column] as printed; one column only in simple charts."""
-
-    noun: str
-    names: list[str]
-    series: list[str]
-    values: list[list[str]]
-    colors: list[str]
-
-    def number(self, row: int, column: int = 0) -> float:
-        """A printed value as a number."""
-        return float(self.values[row][column])
 
 
 @dataclass(frozen=True)
@@ -81,12 +67,6 @@ def pick_values(rng: random.Random, count: int, low: int = 3) -> list[str]:
     if scale < 0.85:
         return [str(v) for v in rng.sample(range(low * 10, 1000), count)]
     return [f"{v / 10:.1f}" for v in rng.sample(range(low * 10, 1000), count)]
-
-
-def as_printed(value: float) -> str:
-    """A number without a needless decimal point."""
-    rounded = round(value, 1)
-    return str(int(rounded)) if rounded == int(rounded) else f"{rounded:.1f}"
 
 
 def axes(canvas: Canvas, style: Style, box: Box) -> None:
@@ -310,7 +290,6 @@ FAMILIES: dict[str, Callable[[random.Random, Canvas, Style, float], Table]] = {
     "grouped": draw_groups,
     "stacked": draw_stacks,
 }
-MARK = {"bar": "bar", "line": "point", "pie": "slice"}
 
 
 def draw_chart(rng: random.Random, title: str) -> tuple[Canvas, str, list[Question]]:
@@ -328,80 +307,3 @@ def draw_chart(rng: random.Random, title: str) -> tuple[Canvas, str, list[Questi
     asked = ask_series(rng, table) if table.series else ask_simple(rng, table, family)
     asked.append(Question("title", "What is the title of the chart?", (title,)))
     return canvas, family, asked
-
-
-def ask_simple(rng: random.Random, table: Table, family: str) -> list[Question]:
-    """Questions on a chart with one value for each name."""
-    rows = range(len(table.names))
-    names = table.names
-    asked = [Question("value", f"What is the value of {names[i]}?", (table.values[i][0],)) for i in rows]
-    ordered = sorted(rows, key=table.number)
-    for word, i in (("highest", ordered[-1]), ("lowest", ordered[0])):
-        asked.append(Question("name", f"Which {table.noun} has the {word} value?", (names[i],)))
-        asked.append(Question("extreme", f"What is the {word} value?", (table.values[i][0],)))
-    asked.append(Question("count", f"How many {MARK[family]}s are shown in the chart?", (str(len(names)),)))
-    if table.colors:
-        for i in rng.sample(rows, 2):
-            asked.append(
-                Question("color", f"What color is the {names[i]} {MARK[family]}?", (table.colors[i],))
-            )
-            asked.append(Question("name", f"Which {table.noun} is shown in {table.colors[i]}?", (names[i],)))
-    for _ in range(2):
-        i, j = rng.sample(rows, 2)
-        verdict = "Yes" if table.number(i) > table.number(j) else "No"
-        asked.append(Question("compare", f"Is the value of {names[i]} more than {names[j]}?", (verdict,)))
-        i, j = rng.sample(rows, 2)
-        total = as_printed(table.number(i) + table.number(j))
-        asked.append(Question("sum", f"What is the sum of {names[i]} and {names[j]}?", (total,)))
-        i, j = rng.sample(rows, 2)
-        gap = as_printed(abs(table.number(i) - table.number(j)))
-        asked.append(
-            Question("difference", f"What is the difference between {names[i]} and {names[j]}?", (gap,))
-        )
-    return asked
-
-
-def ask_series(rng: random.Random, table: Table) -> list[Question]:
-    """Questions on a chart with two series."""
-    rows = range(len(table.names))
-    names, series = table.names, table.series
-    asked = [
-        Question("value", f"What is the value of {series[j]} in {names[i]}?", (table.values[i][j],))
-        for i in rows
-        for j in range(2)
-    ]
-    for j in range(2):
-        column = [table.number(i, j) for i in rows]
-        if len(set(column)) < len(column):
-            continue
-        asked.append(
-            Question(
-                "name",
-                f"Which {table.noun} has the highest value of {series[j]}?",
-                (names[column.index(max(column))],),
-            )
-        )
-        asked.append(
-            Question(
-                "name",
-                f"Which {table.noun} has the lowest value of {series[j]}?",
-                (names[column.index(min(column))],),
-            )
-        )
-    i = rng.choice(rows)
-    total = as_printed(table.number(i, 0) + table.number(i, 1))
-    asked.append(Question("sum", f"What is the sum of {series[0]} and {series[1]} in {names[i]}?", (total,)))
-    i = rng.choice(rows)
-    a, b = rng.sample(range(2), 2)
-    if table.values[i][0] != table.values[i][1]:
-        verdict = "Yes" if table.number(i, a) > table.number(i, b) else "No"
-        asked.append(Question("compare", f"Is {series[a]} more than {series[b]} in {names[i]}?", (verdict,)))
-    asked.append(
-        Question("count", f"How many {plural(table.noun)} are shown in the chart?", (str(len(names)),))
-    )
-    return asked
-
-
-def plural(noun: str) -> str:
-    """The plural of a category noun."""
-    return noun[:-1] + "ies" if noun[-1] == "y" and noun[-2] not in "aeiou" else noun + "s"

@@ -27,7 +27,7 @@ def test_hidden_logits_equal_the_ordinary_model(kind, processor):
     c = forward.constants(model, processor, "cpu")
     params = {k: v.detach() for k, v in model.named_parameters()}
     with torch.no_grad():
-        patches, cells, deep = forward.tower(params, torch.from_numpy(out["image"]), c, forward.vision_block)
+        _, cells, deep = forward.tower(params, torch.from_numpy(out["image"]), c, forward.vision_block)
         tokens = torch.from_numpy(out["tokens"]).long()
         hidden, _ = forward.decoder(params, tokens, cells, deep, c, forward.attention, forward.experts_dense)
         logits = hidden @ params["model.language_model.embed_tokens.weight"].T

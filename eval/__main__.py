@@ -57,9 +57,7 @@ def main(
     ]
     systems += [System("dense", "dense", dense)] if dense else []
     try:
-        judgements = _judge_all(
-            systems, console, tasks=tasks, folder=folder, batch_size=batch_size, device=device
-        )
+        judgements = _judge_all(systems, console, tasks=tasks, folder=folder, batch_size=batch_size, device=device)
         comparisons = compare(judgements[0], judgements[1], MARGIN_OWN, seed)
         if dense:
             comparisons += compare(judgements[0], judgements[2], MARGIN_DENSE, seed)
@@ -99,15 +97,11 @@ def _judge_all(
 def _conclude(console: Console, comparisons: list[Comparison], folder: Path) -> None:
     for pair, passed in overall_verdicts(comparisons).items():
         verdict = (
-            "[green]non-inferior on every task[/green]"
-            if passed
-            else "[yellow]not shown to be non-inferior[/yellow]"
+            "[green]non-inferior on every task[/green]" if passed else "[yellow]not shown to be non-inferior[/yellow]"
         )
         console.print(f"{pair}: {verdict}")
     if more := items_to_decide(comparisons):
-        console.print(
-            f"About {more:,} items a task would decide what is inconclusive (--items).", highlight=False
-        )
+        console.print(f"About {more:,} items a task would decide what is inconclusive (--items).", highlight=False)
     console.print(f"results.json, accuracy.png and every answer: {folder}", highlight=False)
 
 

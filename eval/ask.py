@@ -65,9 +65,7 @@ def wait_until_ready(base_url: str, alive: Callable[[], bool], command: tuple[st
     raise JobError(describe_failure("serve", command, log))
 
 
-def ask(
-    base_url: str, image: Any, prompt: str, max_tokens: int, on_piece: Callable[[str], None]
-) -> StreamedAnswer:
+def ask(base_url: str, image: Any, prompt: str, max_tokens: int, on_piece: Callable[[str], None]) -> StreamedAnswer:
     """Ask one question about a PIL image, streaming; ``on_piece`` gets each piece of text as it arrives."""
     from openai import OpenAI
 

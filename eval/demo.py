@@ -74,7 +74,7 @@ class Demo:
     def systems(self) -> list[System]:
         """The rows of the table, top to bottom."""
         variants = [System(v.name, v.label, self.folder / v.name, EXPERT_MEMORY) for v in VARIANTS]
-        original = System(ORIGINAL, "bf16 resident", self.moe)
+        original = System(ORIGINAL, "original", self.moe)
         return [original, *variants, System(DENSE, "dense twin", self.dense)]
 
     def log(self, name: str) -> Path:
@@ -136,7 +136,8 @@ def run(demo: Demo, record: bool) -> None:
         judgements,
         comparisons,
     )
-    columns, rows = table_cells(judgements, comparisons, tasks)
+    alone = {n: report["budgets"][EXPERT_MEMORY]["alone"]["hit_rate"] for n, report in identical.items()}
+    columns, rows = table_cells(judgements, comparisons, tasks, alone)
     results |= {"seconds": demo.seconds, "served": conversation, "identical": identical}
     results |= {"table": {"columns": columns, "rows": rows}}
     for place in (demo.folder / "results", *([RESULTS] if record else [])):
@@ -148,9 +149,7 @@ def run(demo: Demo, record: bool) -> None:
 def prepare_folder(folder: Path) -> None:
     """Make ``folder`` empty; refuses one that another program filled."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).is_file():
-        raise ValueError(
-            f"{folder} holds files that the demo did not make: remove it or choose another --folder"
-        )
+        raise ValueError(f"{folder} holds files that the demo did not make: remove it or choose another --folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
@@ -182,9 +181,7 @@ def serve_and_ask(demo: Demo, charts: Task) -> dict[str, Any]:
     picture = demo.folder / "question.png"
     item.image.save(picture)
     console = demo.console
-    console.print(
-        f"   expertflow-quant serve {short_path(demo.folder / SERVED)} --expert-memory {EXPERT_MEMORY}"
-    )
+    console.print(f"   expertflow-quant serve {short_path(demo.folder / SERVED)} --expert-memory {EXPERT_MEMORY}")
     with served(demo.folder / SERVED, EXPERT_MEMORY, demo.log("serve")) as base_url:
         console.print(f"   picture: {short_path(picture)}\n   question: {item.question}", highlight=False)
         console.print("   streamed answer, piece by piece: ", end="")
@@ -222,11 +219,7 @@ def judge_job(demo: Demo, system: System) -> Job:
     command += [str(demo.answers), "--items", str(demo.items), "--expert-memory", system.expert_memory]
     command += ["--check", str(CHECKED_ITEMS)]
     lines, total = demo.answers / f"{system.name}.jsonl", demo.items * len(GENERATED)
-    note = (
-        f"{total} questions; tokens compared at three budgets"
-        if system.is_checkpoint
-        else f"{total} questions"
-    )
+    note = f"{total} questions; tokens compared at three budgets" if system.is_checkpoint else f"{total} questions"
     return Job(system.name, (tuple(command),), demo.log(f"judge-{system.name}"), note, lines, total)
 
 
@@ -264,11 +257,13 @@ def conclude(demo: Demo, columns: list[str], rows: list[list[str]], identical: d
     demo.console.print(
         f"\nTokens at expert memory {budgets} are those of all experts resident: {checked}.", highlight=False
     )
-    title = f"Expert memory {EXPERT_MEMORY}, {demo.items} questions a task; in brackets: points against bf16"
+    title = (
+        f"Expert memory {EXPERT_MEMORY}, {demo.items} questions a task in batches of 32; in brackets: points "
+        f"against bf16.\nHit rate alone: {CHECKED_ITEMS} questions asked one at a time."
+    )
     demo.console.print(cells_table(title, columns, rows))
     demo.console.print(
-        f"Intervals, verdicts, plot: {short_path(demo.folder / 'results')}; "
-        f"every answer: {short_path(demo.answers)}",
+        f"Intervals, verdicts, plot: {short_path(demo.folder / 'results')}; every answer: {short_path(demo.answers)}",
         highlight=False,
     )
 

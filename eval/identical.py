@@ -1,5 +1,6 @@
 """Are the tokens the same at every expert memory? The cache is exact, so they must be."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,20 @@ def answers_at(engine: Any, items: Sequence[TaskItem]) -> list[tuple[int, ...]]:
     return [tuple(answer.token_ids) for answer in answers]
 
 
-def check_budgets(
-    path: Path, items: Sequence[TaskItem], budgets: Sequence[str], device: str = "cpu"
-) -> dict[str, Any]:
+def asked_alone(engine: Any, items: Sequence[TaskItem]) -> dict[str, float]:
+    """Hit rate and tokens a second when questions come one at a time, as to a server with one user."""
+    engine.reset_stats()
+    start = time.perf_counter()
+    tokens = sum(len(answers_at(engine, [item])[0]) for item in items)
+    seconds = time.perf_counter() - start
+    return {"hit_rate": engine.stats.hit_rate, "tokens_per_second": round(tokens / seconds, 3)}
+
+
+def check_budgets(path: Path, items: Sequence[TaskItem], budgets: Sequence[str], device: str = "cpu") -> dict[str, Any]:
     """Answer ``items`` with all experts resident and under each budget ("25%", "minimum").
 
-    Returns {"items": n, "tokens": n, "budgets": {budget: {"bytes": slots' bytes, "identical": items}}}.
+    Returns {"items": n, "tokens": n, "budgets": {budget: {"bytes": slots' bytes, "identical": items,
+    "alone": ``asked_alone``}}}.
     """
     engine = expertflow_quant.load(path, expert_memory="100%", device=device)
     minimum = engine.model.expert_cache.minimum_bytes
@@ -38,5 +47,6 @@ def check_budgets(
         memory = minimum if budget == MINIMUM else budget
         engine = expertflow_quant.load(path, expert_memory=memory, device=device)
         same = sum(a == b for a, b in zip(answers_at(engine, items), resident, strict=True))
-        report["budgets"][budget] = {"bytes": engine.device_expert_bytes, "identical": same}
+        found = {"bytes": engine.device_expert_bytes, "identical": same, "alone": asked_alone(engine, items)}
+        report["budgets"][budget] = found
     return report

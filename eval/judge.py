@@ -121,6 +121,7 @@ class Comparison:
     task: str
     margin: float
     difference: PairedDifference
+    same_predictions: int
 
     @property
     def verdict(self) -> str:
@@ -129,7 +130,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, with the verdict and how many items would decide."""
-        head = {"system": self.system, "baseline": self.baseline, "task": self.task, "margin": self.margin}
+        head = {name: getattr(self, name) for name in ("system", "baseline", "task", "margin", "same_predictions")}
         tail = {"verdict": self.verdict, "items_to_decide": self.difference.items_to_decide(self.margin)}
         return head | asdict(self.difference) | tail
 
@@ -214,7 +215,8 @@ def compare(system: Judgement, baseline: Judgement, margin: float, seed: int = 0
         mine, other = system.of_task(task), baseline.of_task(task)
         keys = [result.image_key for result in mine]
         difference = paired_difference([r.score for r in mine], [r.score for r in other], keys, seed=seed)
-        comparisons.append(Comparison(system.system.label, baseline.system.label, task, margin, difference))
+        same = sum(a.prediction == b.prediction for a, b in zip(mine, other, strict=True))
+        comparisons.append(Comparison(system.system.label, baseline.system.label, task, margin, difference, same))
     return comparisons
 
 

@@ -38,9 +38,7 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
     is collapsed, and a similarity of exactly 0.5 is kept. Without any answer the score is 0.
     """
     if isinstance(answers, str):
-        raise TypeError(
-            f"answers is the text {answers!r}; it must be a sequence of texts: pass [{answers!r}]"
-        )
+        raise TypeError(f"answers is the text {answers!r}; it must be a sequence of texts: pass [{answers!r}]")
     prediction = prediction.strip()
     best = max((_similarity(prediction, answer) for answer in answers), default=0.0)
     return best if best >= ANLS_THRESHOLD else 0.0

@@ -38,9 +38,7 @@ def judgement_figure(judgements: Sequence[Judgement], tasks: Sequence[Task]) -> 
             left = figure.add_subplot(grid[row, 0])
             draw_kinds(left, judgements, task)
             if row == 0:
-                figure.legend(
-                    *left.get_legend_handles_labels(), loc="outside upper left", ncols=len(judgements)
-                )
+                figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(judgements))
             draw_bytes(figure.add_subplot(grid[row, 1]), judgements, task)
         return figure
 
@@ -55,9 +53,7 @@ def comparison_figure(
         for column, task in enumerate(tasks):
             draw_bytes(axes[0][column], judgements, task)
             draw_differences(axes[1][column], [c for c in comparisons if c.task == task.name], task, colors)
-        figure.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(judgements)
-        )
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(judgements))
         return figure
 
 
@@ -105,21 +101,19 @@ def draw_bytes(axes: Axes, judgements: Sequence[Judgement], task: Task) -> None:
             axes.axhline(score, color=color, linestyle="--", linewidth=1.4, label=label)
     axes.set_xlim(0, max((j.expert_bytes for j in judgements), default=0) / 2**20 * 1.1 or 1)
     axes.set_xlabel("bytes of all experts, MiB")
+    scores = [judgement.mean(task.name) for judgement in judgements]
+    room = max(0.02, 0.08 * (max(scores) - min(scores)))
+    axes.set_ylim(min(scores) - room, max(scores) + room)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.margins(y=0.15)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=False, min_n_ticks=3))
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_title(f"{task.title}: {task.metric.title}")
 
 
-def draw_differences(
-    axes: Axes, comparisons: Sequence[Comparison], task: Task, colors: Mapping[str, str]
-) -> None:
+def draw_differences(axes: Axes, comparisons: Sequence[Comparison], task: Task, colors: Mapping[str, str]) -> None:
     """Differences to the baseline in points with their 90 % intervals; the line of the margin is dashed."""
     if not comparisons:
-        raise ValueError(
-            f"no comparison on {task.title} to draw: compare at least one system with a baseline"
-        )
+        raise ValueError(f"no comparison on {task.title} to draw: compare at least one system with a baseline")
     for row, comparison in enumerate(comparisons):
         d, color = comparison.difference, colors[comparison.system]
         axes.plot([100 * d.lower, 100 * d.upper], [row, row], color=color, linewidth=1.8)
@@ -135,7 +129,5 @@ def draw_differences(
     axes.set_ylim(len(comparisons) - 0.4, -0.8)
     axes.margins(x=0.1)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
-    axes.set_xlabel(
-        f"points against {comparisons[0].baseline}, 90 % interval; dashed: margin of {100 * margin:g}"
-    )
+    axes.set_xlabel(f"points against {comparisons[0].baseline}, 90 % interval; dashed: margin of {100 * margin:g}")
     axes.set_title(f"{task.title}: difference in {task.metric.title}")

@@ -132,9 +132,7 @@ def start_process(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[by
         "COLUMNS": "160",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
 
 
 def describe_failure(name: str, command: Sequence[str], log: Path) -> str:

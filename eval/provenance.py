@@ -65,9 +65,7 @@ def model_fingerprint(folder: Path) -> str:
     check against damage.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no config.json, so it is no model: give the folder of a model or checkpoint"
-        )
+        raise ValueError(f"{folder} holds no config.json, so it is no model: give the folder of a model or checkpoint")
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
@@ -103,9 +101,7 @@ def _version(package: str) -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False
-        )
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -104,9 +104,7 @@ class ResultsFile:
         self._write_progress()
 
     def _write_progress(self) -> None:
-        _replace(
-            self.progress_path, json.dumps({"items": len(self.results), "counters": self.counters}) + "\n"
-        )
+        _replace(self.progress_path, json.dumps({"items": len(self.results), "counters": self.counters}) + "\n")
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[ItemResult]]:

@@ -1,7 +1,7 @@
 """Tables of judgements and comparisons, and the results file that they are read from later."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,26 @@ def overall_verdicts(comparisons: Sequence[Comparison]) -> dict[str, bool]:
 
 
 def table_cells(
-    judgements: Sequence[Judgement], comparisons: Sequence[Comparison], tasks: Sequence[Task]
+    judgements: Sequence[Judgement],
+    comparisons: Sequence[Comparison],
+    tasks: Sequence[Task],
+    alone: Mapping[str, float] | None = None,
 ) -> tuple[list[str], list[list[str]]]:
-    """Column names and rows, as text; in brackets the difference to the baseline in points."""
-    columns = ["system", "expert MiB", "on device MiB", "hit rate %", "tokens/s"]
+    """Column names and rows, as text; in brackets the difference to the baseline in points.
+
+    ``alone``: by system's name, the hit rate of questions asked one at a time, for a column of its own.
+    """
+    columns = ["system", "expert MiB", "on device MiB", "tokens/s", "hit rate %"]
+    columns += ["hit rate alone %"] if alone else []
     columns += [f"{task.title}: {task.metric.title} %" for task in tasks]
-    found = {(c.system, c.task): c.difference.mean for c in comparisons}
+    differences = {(c.system, c.task): c.difference.mean for c in comparisons}
     rows = []
     for judgement in judgements:
         row = [judgement.system.label, *cost_cells(judgement)]
+        if alone:
+            row.append(share_cell(alone.get(judgement.system.name)))
         for task in tasks:
-            difference = found.get((judgement.system.label, task.name))
+            difference = differences.get((judgement.system.label, task.name))
             behind = "" if difference is None else f" ({points(difference)})"
             row.append(percent(judgement.mean(task.name)) + behind)
         rows.append(row)
@@ -85,7 +94,7 @@ def table_cells(
 
 def cells_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Text cells as a narrow table: headers wrap at blanks, cells never do; numbers to the right."""
-    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
         cells = [Text.from_markup(row[i]).plain for row in rows]
         width = max(map(len, (*cells, *column.split())))
@@ -97,10 +106,14 @@ def cells_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def cost_cells(judgement: Judgement) -> list[str]:
-    """MiB of all experts, MiB of those on the device, hit rate, tokens a second; "-" where there is none."""
-    hit_rate = "-" if judgement.hit_rate is None else percent(judgement.hit_rate)
+    """MiB of all experts, MiB of those on the device, tokens a second, hit rate; "-" where there is none."""
     sizes = [mebibytes(judgement.expert_bytes), mebibytes(judgement.device_expert_bytes)]
-    return [*sizes, hit_rate, f"{judgement.tokens_per_second:.1f}"]
+    return [*sizes, f"{judgement.tokens_per_second:.1f}", share_cell(judgement.hit_rate)]
+
+
+def share_cell(share: float | None) -> str:
+    """A share in percent, "-" for none."""
+    return "-" if share is None else percent(share)
 
 
 def results_json(

@@ -42,9 +42,7 @@ class Generated(Protocol):
 class Answerer(Protocol):
     """What the runner needs of an engine: one conversation in, one answer out, in order."""
 
-    def generate(
-        self, conversations: list[list[dict[str, Any]]], max_new_tokens: int = 32
-    ) -> Sequence[Generated]: ...
+    def generate(self, conversations: list[list[dict[str, Any]]], max_new_tokens: int = 32) -> Sequence[Generated]: ...
 
 
 @dataclass(frozen=True)

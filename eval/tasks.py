@@ -90,8 +90,4 @@ def generated_tasks(items: int, seed: int = 0) -> list[Task]:
 
 
 def _texts(content: str | list[dict[str, Any]]) -> list[str]:
-    return (
-        [content]
-        if isinstance(content, str)
-        else [part["text"] for part in content if part["type"] == "text"]
-    )
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]

@@ -62,9 +62,7 @@ class FakeServer(http.server.BaseHTTPRequestHandler):
     seen: ClassVar[list[dict]] = []
 
     def do_GET(self):
-        self._send(
-            "application/json", json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]})
-        )
+        self._send("application/json", json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}))
 
     def do_POST(self):
         self.seen.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
@@ -139,4 +137,4 @@ def test_the_mixed_variant_is_planned_first(tmp_path):
 def test_cells_never_wrap_and_headers_do():
     console = quiet()
     console.print(cells_table("t", ["name", "a long header"], [["mixed 3 bits", "91.4 (-0.2)"]]))
-    assert "mixed 3 bits   91.4 (-0.2)" in console.file.getvalue()
+    assert "mixed 3 bits  91.4 (-0.2)" in console.file.getvalue()

@@ -90,13 +90,12 @@ def test_other_settings_are_refused(systems, tmp_path):
 
 
 def test_comparison_is_paired_and_wants_the_same_items(systems, tmp_path):
-    ours, theirs = (
-        judge(s, TASKS, tmp_path / "r", batch_size=16) for s in (systems.quantized, systems.plain)
-    )
+    ours, theirs = (judge(s, TASKS, tmp_path / "r", batch_size=16) for s in (systems.quantized, systems.plain))
     chart, document = compare(ours, theirs, 0.01)
     assert (chart.task, document.task) == ("chart", "document")
     assert chart.difference.mean == pytest.approx(0.75 - 0.875)
     assert chart.difference.worse == 2
+    assert chart.same_predictions == 14
     assert chart.to_json()["verdict"] == chart.verdict
     with pytest.raises(ValueError, match="judge both with the same tasks"):
         compare(ours, replace(theirs, results=theirs.results[:-1]), 0.01)

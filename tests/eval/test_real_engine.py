@@ -28,4 +28,6 @@ def test_tokens_are_the_same_at_every_expert_memory(small_int4):
     report = check_budgets(small_int4, items, ["25%", MINIMUM])
     assert report["items"] == 3
     assert {name: found["identical"] for name, found in report["budgets"].items()} == {"25%": 3, MINIMUM: 3}
+    alone = report["budgets"]["25%"]["alone"]
+    assert 0 < alone["hit_rate"] < 1 < alone["tokens_per_second"]
     assert report["budgets"][MINIMUM]["bytes"] < report["budgets"]["25%"]["bytes"]

@@ -49,9 +49,7 @@ class FakeEngine:
         if self.bad & set(asked):
             raise RuntimeError("cannot read this image")
         self.stats = SimpleNamespace(hits=self.stats.hits + 3, misses=self.stats.misses + 1)
-        return [
-            SimpleNamespace(text="yes", prompt_tokens=7, image_tokens=4, completion_tokens=2) for _ in asked
-        ]
+        return [SimpleNamespace(text="yes", prompt_tokens=7, image_tokens=4, completion_tokens=2) for _ in asked]
 
 
 def task(ids: str, **changes) -> Task:
@@ -59,9 +57,7 @@ def task(ids: str, **changes) -> Task:
 
 
 def test_batches_keep_order_and_never_mix_tasks_or_token_limits():
-    mixed = [
-        FakeItem(i, max_new_tokens=limit) for i, limit in zip("abcde", (16, 16, 16, 32, 32), strict=True)
-    ]
+    mixed = [FakeItem(i, max_new_tokens=limit) for i, limit in zip("abcde", (16, 16, 16, 32, 32), strict=True)]
     tasks = [Task("chart", "charts", RELAXED_ACCURACY, mixed, "fake"), task("fg")]
     assert [[i.id for i in b.items] for b in batches(tasks, 2)] == [["a", "b"], ["c"], ["d", "e"], ["f", "g"]]
     with pytest.raises(ValueError, match="batch size 0"):
@@ -113,9 +109,7 @@ def test_a_killed_run_goes_on_with_the_batches_it_would_have_had(tmp_path):
     assert engine.calls == [["c", "d"], ["e"]]
     assert file.counters == {"hits": 9, "misses": 3}
     whole = run_tasks(FakeEngine(), asked, 2, ResultsFile.open(tmp_path / "whole.jsonl", {"seed": 0}))
-    assert [dataclasses.replace(r, seconds=0) for r in results] == [
-        dataclasses.replace(r, seconds=0) for r in whole
-    ]
+    assert [dataclasses.replace(r, seconds=0) for r in results] == [dataclasses.replace(r, seconds=0) for r in whole]
     again = FakeEngine()
     assert run_tasks(again, asked, 2, ResultsFile.open(path, {"seed": 0})) == results
     assert again.calls == []

@@ -66,9 +66,7 @@ def test_items_to_decide_follows_from_the_discordance():
     assert result.items_to_decide(0.02) < result.items_to_decide(0.01) / 3
 
 
-@pytest.mark.parametrize(
-    ("loss", "gain", "correlation"), [(0.04, 0.02, 0.0), (0.02, 0.0, 0.0), (0.08, 0.06, 0.5)]
-)
+@pytest.mark.parametrize(("loss", "gain", "correlation"), [(0.04, 0.02, 0.0), (0.02, 0.0, 0.0), (0.08, 0.06, 0.5)])
 def test_a_true_loss_of_the_margin_rarely_passes(loss, gain, correlation):
     """Nominal rate 5 %: at the edge of the hypothesis 400 simulated studies pass about 20 times."""
     rng = np.random.default_rng(3)

@@ -26,9 +26,7 @@ with open(questions_path, encoding="utf-8") as file:
 
 processor = AutoProcessor.from_pretrained(model_path)
 assert isinstance(processor, ProcessorMixin), f"only a {type(processor).__name__}: it would ignore the images"
-model, report = AutoModelForImageTextToText.from_pretrained(
-    model_path, dtype=torch.float32, output_loading_info=True
-)
+model, report = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32, output_loading_info=True)
 for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
     assert not report[kind], (kind, report[kind])
 
@@ -49,8 +47,6 @@ for question in questions:
         tokens = model.generate(**inputs, max_new_tokens=question["max_new_tokens"], do_sample=False)
     answers.append(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
-ours = sorted(
-    name for name in sys.modules if name.split(".")[0] in ("expertflow_quant", "calibration", "eval")
-)
+ours = sorted(name for name in sys.modules if name.split(".")[0] in ("expertflow_quant", "calibration", "eval"))
 assert not ours, ours
 print(json.dumps({"class": type(model).__name__, "answers": answers}))

@@ -69,7 +69,5 @@ def test_the_library_and_its_command_start_without_any_extra() -> None:
         "from expertflow_quant.cli.main import app\n"
         "app(['quantize', '--help'])\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -20,7 +20,7 @@ CLASSES = {
 }
 MOST_MIB = 30
 ITEMS_OF_A_TASK = 8
-LEAST_MEAN_SCORE = 0.5
+LEAST_MEAN_SCORE = 0.8
 
 
 def test_together_they_are_small() -> None:
@@ -28,20 +28,13 @@ def test_together_they_are_small() -> None:
     assert sum(path.stat().st_size for path in files) <= MOST_MIB * 2**20
 
 
-@pytest.mark.skipif(
-    not (SHIPPED / "moe" / "config.json").exists(), reason="the models are still being trained"
-)
 @pytest.mark.parametrize("name", CLASSES)
 def test_plain_transformers_loads_it_and_it_reads(name: str, tmp_path: Path) -> None:
-    items = [
-        item for task in ("chart", "document") for item in make_items(task, "test", ITEMS_OF_A_TASK, seed=11)
-    ]
+    items = [item for task in ("chart", "document") for item in make_items(task, "test", ITEMS_OF_A_TASK, seed=11)]
     printed = ask_plain_transformers(SHIPPED / name, items, tmp_path)
     assert printed["class"] == CLASSES[name]
     scores = [score(item, answer) for item, answer in zip(items, printed["answers"], strict=True)]
-    assert sum(scores) / len(scores) >= LEAST_MEAN_SCORE, list(
-        zip(items, printed["answers"], scores, strict=True)
-    )
+    assert sum(scores) / len(scores) >= LEAST_MEAN_SCORE, list(zip(items, printed["answers"], scores, strict=True))
 
 
 def score(item: Item, answer: str) -> float:
@@ -77,7 +70,5 @@ def torchvision_for_a_plain_processor() -> tuple[str, list[str]]:
         return "", []
     aside = Path(sys.prefix) / "torchvision-side"
     if not aside.is_dir():
-        pytest.skip(
-            "transformers' own processor needs torchvision, and this environment was not made by make"
-        )
+        pytest.skip("transformers' own processor needs torchvision, and this environment was not made by make")
     return str(aside), ["--declare-operators"]

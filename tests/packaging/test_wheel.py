@@ -34,9 +34,9 @@ def test_only_the_library_is_in_it(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     modules = {name for name in names if ".dist-info/" not in name}
-    in_the_tree = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "expertflow_quant").rglob("*.py")
-    } | {"expertflow_quant/py.typed"}
+    in_the_tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / "expertflow_quant").rglob("*.py")} | {
+        "expertflow_quant/py.typed"
+    }
     assert modules == in_the_tree
 
 

@@ -257,11 +257,12 @@ def conclude(demo: Demo, columns: list[str], rows: list[list[str]], identical: d
     demo.console.print(
         f"\nTokens at expert memory {budgets} are those of all experts resident: {checked}.", highlight=False
     )
-    title = (
-        f"Expert memory {EXPERT_MEMORY}, {demo.items} questions a task in batches of 32; in brackets: points "
-        f"against bf16.\nHit rate alone: {CHECKED_ITEMS} questions asked one at a time."
+    demo.console.print(
+        f"Expert memory {EXPERT_MEMORY}; {demo.items} questions a task, in batches; in brackets: points against "
+        f"bf16. Hit rate alone: {CHECKED_ITEMS} questions asked one at a time.\n",
+        highlight=False,
     )
-    demo.console.print(cells_table(title, columns, rows))
+    demo.console.print(cells_table("", columns, rows))
     demo.console.print(
         f"Intervals, verdicts, plot: {short_path(demo.folder / 'results')}; every answer: {short_path(demo.answers)}",
         highlight=False,

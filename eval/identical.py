@@ -1,14 +1,18 @@
-"""Are the tokens the same at every expert memory? The cache is exact, so they must be."""
+"""Are the tokens the same at every expert memory? ``python -m eval.identical OUT [OUT ...] --items 64``."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import expertflow_quant
-from eval.tasks import Task, TaskItem
+from eval.report import cells_table, make_console, percent
+from eval.tasks import Task, TaskItem, generated_tasks
 
 MINIMUM = "minimum"
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def first_items(tasks: Sequence[Task], count: int) -> list[TaskItem]:
@@ -50,3 +54,27 @@ def check_budgets(path: Path, items: Sequence[TaskItem], budgets: Sequence[str],
         found = {"bytes": engine.device_expert_bytes, "identical": same, "alone": asked_alone(engine, items)}
         report["budgets"][budget] = found
     return report
+
+
+@app.command()
+def main(
+    checkpoints: list[Path],
+    items: Annotated[int, typer.Option(min=1, help="held-out questions, charts and documents in turn")] = 64,
+    expert_memory: Annotated[str, typer.Option(help="compared with all resident, beside the minimum")] = "25%",
+    device: str = "cpu",
+) -> None:
+    """Exit status 1 unless every answer has the same tokens at every expert memory."""
+    questions = first_items(generated_tasks(items), items)
+    columns, rows, different = ["checkpoint", "memory", "same answers", "hit rate alone %"], [], 0
+    for path in checkpoints:
+        report = check_budgets(path, questions, [expert_memory, MINIMUM], device)
+        for budget, found in report["budgets"].items():
+            different += items - found["identical"]
+            share = percent(found["alone"]["hit_rate"])
+            rows.append([path.name, f"{budget}: {found['bytes']:,} B", f"{found['identical']} / {items}", share])
+    make_console().print(cells_table("tokens against those of all experts resident", columns, rows))
+    raise typer.Exit(bool(different))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m eval.identical")

@@ -1,6 +1,8 @@
 """Judging with the library's own engine on an untrained model: the seams fit, the counters count."""
 
-from eval.identical import MINIMUM, check_budgets, first_items
+from typer.testing import CliRunner
+
+from eval.identical import MINIMUM, app, check_budgets, first_items
 from eval.judge import System, compare, judge
 from eval.tasks import generated_tasks
 
@@ -31,3 +33,14 @@ def test_tokens_are_the_same_at_every_expert_memory(small_int4):
     alone = report["budgets"]["25%"]["alone"]
     assert 0 < alone["hit_rate"] < 1 < alone["tokens_per_second"]
     assert report["budgets"][MINIMUM]["bytes"] < report["budgets"]["25%"]["bytes"]
+
+
+def test_the_command_says_so_and_fails_where_they_differ(small_int4, monkeypatch):
+    found = {"bytes": 10, "identical": 2, "alone": {"hit_rate": 0.5}}
+    report = {"budgets": {"25%": found, MINIMUM: found}}
+    monkeypatch.setattr("eval.identical.check_budgets", lambda *arguments: report)
+    outcome = CliRunner().invoke(app, [str(small_int4), "--items", "2"])
+    assert outcome.exit_code == 0
+    assert "2 / 2" in outcome.output
+    found["identical"] = 1
+    assert CliRunner().invoke(app, [str(small_int4), "--items", "2"]).exit_code == 1

@@ -30,7 +30,7 @@ from expertflow_quant.quantize import (
 )
 
 METHODS = ("awq", "gptq", "rtn")
-GPTQ_BYTES = 1 << 30
+GPTQ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 Gate = Callable[[Tensor], Tensor]
 
 
@@ -48,13 +48,10 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         if self.scales not in get_args(ScaleRule):
-            raise ExpertFlowError(
-                f"scales {self.scales!r} is not known: use one of {', '.join(get_args(ScaleRule))}"
-            )
+            raise ExpertFlowError(f"scales {self.scales!r} is not known: use one of {', '.join(get_args(ScaleRule))}")
         if self.max_rows < 1 or self.grid < 1 or not self.damp > 0:
             raise ExpertFlowError(
-                f"max_rows {self.max_rows} and grid {self.grid} must be at least 1 and damp {self.damp} "
-                f"above 0"
+                f"max_rows {self.max_rows} and grid {self.grid} must be at least 1 and damp {self.damp} above 0"
             )
 
     def to_json(self) -> dict[str, object]:
@@ -106,8 +103,7 @@ class LayerQuantizer:
         if not job.format.is_int:
             return _Parts(weights.gate_up, weights.down, None, weights.gate_up_bias, weights.down_bias)
         up, down = (
-            quantize_rtn(matrix, job.format, scales=self._options.scales)
-            for matrix in (weights.gate_up, weights.down)
+            quantize_rtn(matrix, job.format, scales=self._options.scales) for matrix in (weights.gate_up, weights.down)
         )
         return _Parts(up, down, None, weights.gate_up_bias, weights.down_bias)
 
@@ -135,14 +131,14 @@ class LayerQuantizer:
                 continue
             batch = waiting.setdefault(job.format, [])
             batch.append(job)
-            if len(batch) == self._gptq_batch():
+            if len(batch) >= self._gptq_batch(job.weights.down.device.type):
                 yield from self._gptq(waiting.pop(job.format))
         for batch in waiting.values():
             yield from self._gptq(batch)
 
-    def _gptq_batch(self) -> int:
+    def _gptq_batch(self, device: str) -> int:
         widest = max(in_features for _, in_features in self._shape.matrices.values())
-        return max(1, GPTQ_BYTES // (4 * 8 * widest**2))  # a Hessian, its float64 copy, factor and inverse
+        return max(1, GPTQ_BYTES.get(device, 0) // (4 * 8 * widest**2))  # a Hessian and its float64 factors
 
     def _gptq(self, batch: Sequence[Job]) -> Iterator[tuple[int, ExpertEntry, Tensor]]:
         rows = [_rows_of(job, "gptq") for job in batch]
@@ -181,9 +177,7 @@ class LayerQuantizer:
         tokens, coverage = (rows.tokens, rows.coverage) if rows is not None else (0, "none")
         return (
             job.expert,
-            ExpertEntry(
-                job.format, layout.input_scale, layout.nbytes, tokens, coverage, float(f"{error:.6g}")
-            ),
+            ExpertEntry(job.format, layout.input_scale, layout.nbytes, tokens, coverage, float(f"{error:.6g}")),
             record,
         )
 
@@ -221,7 +215,5 @@ def _relative(change: Tensor, whole: Tensor) -> float:
 
 def _moved(weights: ExpertWeights, like: Tensor) -> ExpertWeights:
     parts = {part.name: getattr(weights, part.name) for part in fields(weights)}
-    moved: dict[str, Any] = {
-        name: None if tensor is None else tensor.to(like.device) for name, tensor in parts.items()
-    }
+    moved: dict[str, Any] = {name: None if tensor is None else tensor.to(like.device) for name, tensor in parts.items()}
     return ExpertWeights(**moved)

@@ -70,5 +70,5 @@ def torchvision_for_a_plain_processor() -> tuple[str, list[str]]:
         return "", []
     aside = Path(sys.prefix) / "torchvision-side"
     if not aside.is_dir():
-        pytest.skip("transformers' own processor needs torchvision, and this environment was not made by make")
+        pytest.skip("transformers' own processor needs torchvision, and there is none for this torch")
     return str(aside), ["--declare-operators"]

@@ -192,6 +192,7 @@ def settings_of(system: System, tasks: Sequence[Task], batch_size: int, device: 
     return {
         "model": model_fingerprint(system.path),
         "expert_memory": system.expert_memory if system.is_checkpoint else None,
+        "items": {task.name: len(task.items) for task in tasks},
         "tasks": [task.description for task in tasks],
         "batch_size": batch_size,
         "device": device_name(device),

@@ -82,7 +82,7 @@ def draw_kinds(axes: Axes, judgements: Sequence[Judgement], task: Task) -> None:
         at = np.arange(len(ticks)) + offset
         axes.bar(at, heights, width * 0.92, label=judgement.system.label, color=color_of(i))
     axes.axvline(0.5, color="#bbbbbb", linewidth=0.8)
-    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.6)
@@ -103,7 +103,7 @@ def draw_bytes(axes: Axes, judgements: Sequence[Judgement], task: Task) -> None:
     axes.set_xlabel("bytes of all experts, MiB")
     scores = [judgement.mean(task.name) for judgement in judgements]
     room = max(0.02, 0.08 * (max(scores) - min(scores)))
-    axes.set_ylim(min(scores) - room, max(scores) + room)
+    axes.set_ylim(min(scores) - room, min(max(scores) + room, 1 + room / 8))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=False, min_n_ticks=3))
     axes.grid(color="#e4e4e4", linewidth=0.6)

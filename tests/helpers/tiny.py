@@ -124,8 +124,11 @@ def save_processor(family: str, folder: Path) -> None:
     )
     ImageProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE).save_pretrained(folder)
     for name in ("processor_config.json", "tokenizer_config.json"):
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(content | {"processor_class": "Qwen3VLProcessor"}))
+        content = json.loads((folder / name).read_text()) | {"processor_class": "Qwen3VLProcessor"}
+        if "image_processor" in content:
+            shared = {key: value for key, value in content["image_processor"].items() if key != "image_processor_type"}
+            content["video_processor"] = shared | {"video_processor_type": "Qwen3VLVideoProcessor"}
+        (folder / name).write_text(json.dumps(content))
 
 
 def write_checkpoint(

@@ -230,8 +230,8 @@ def _join(
 ) -> ObservedLayer:
     """The calls of all batches at one layer, without padding."""
     if not calls:
-        empty = torch.zeros(0, layer.top_k)
-        hidden = torch.zeros(0, layer.shape.hidden, dtype=wanted.dtype)
+        empty = torch.zeros(0, layer.top_k, device=wanted.device)
+        hidden = torch.zeros(0, layer.shape.hidden, dtype=wanted.dtype, device=wanted.device)
         return ObservedLayer(layer, hidden, empty.long(), empty, None, empty[:, 0], wanted.options.min_tokens)
     aligned = all(call.hidden.shape[0] == len(of.valid) for call, of in zip(calls, tokens, strict=True))
     valid = [of.valid if aligned else slice(None) for of in tokens]

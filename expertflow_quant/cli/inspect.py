@@ -79,8 +79,4 @@ def _figures(manifest: Manifest) -> dict[str, object]:
 
 def _packages(manifest: Manifest) -> str:
     packages = manifest.made.get("packages")
-    return (
-        ", ".join(f"{name} {version}" for name, version in packages.items())
-        if isinstance(packages, dict)
-        else ""
-    )
+    return ", ".join(f"{name} {version}" for name, version in packages.items()) if isinstance(packages, dict) else ""

@@ -20,9 +20,7 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except ExpertFlowError as error:
-            Console(stderr=True).print(
-                f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-            )
+            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(FAILED) from None
 
 

@@ -27,23 +27,16 @@ if TYPE_CHECKING:
     from expertflow_quant.pipeline.quantize import QuantizeReport
 
 DEFAULT_FORMAT = "int4-g32"
+INTERRUPTED = 130
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Folder of a transformers Mixture-of-Experts model.")
-]
-Out = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; new, or an unfinished one.")
-]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a transformers Mixture-of-Experts model.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; new, or an unfinished one.")]
 Method = Annotated[str, typer.Option(help="awq or gptq, which calibrate, or rtn: rounding to nearest.")]
 FormatName = Annotated[
     str | None,
-    typer.Option(
-        "--format", help="int2, int3, int4 or int8 with -g32 (any dividing size) or -channel; bf16."
-    ),
+    typer.Option("--format", help="int2, int3, int4 or int8 with -g32 (any dividing size) or -channel; bf16."),
 ]
-PlanFile = Annotated[
-    Path | None, typer.Option("--plan", help="JSON with a format per expert, instead of --format.")
-]
+PlanFile = Annotated[Path | None, typer.Option("--plan", help="JSON with a format per expert, instead of --format.")]
 Samples = Annotated[
     Path | None, typer.Option(help="Calibration items: a folder or parquet; generated ones by default.")
 ]
@@ -87,22 +80,24 @@ def quantize(
     check_method(method)
     options = MethodOptions(scales=scales)  # type: ignore[arg-type]  # checked there
     calibrates = method != "rtn" or samples is not None
-    with _progress(console) as bar:
-        task = bar.add_task("reading", total=None)
-        report = quantize_model(
-            model,
-            out,
-            method=method,
-            plan=chosen,
-            samples=_samples(samples, num_samples, seed) if calibrates else None,
-            options=options,
-            observe=ObserveOptions(text_share=text_share or None) if calibrates else None,
-            device=_device(device),
-            overwrite=overwrite,
-            progress=lambda done, total, what: bar.update(
-                task, completed=done, total=total, description=what
-            ),
-        )
+    try:
+        with _progress(console) as bar:
+            task = bar.add_task("reading", total=None)
+            report = quantize_model(
+                model,
+                out,
+                method=method,
+                plan=chosen,
+                samples=_samples(samples, num_samples, seed) if calibrates else None,
+                options=options,
+                observe=ObserveOptions(text_share=text_share or None) if calibrates else None,
+                device=_device(device),
+                overwrite=overwrite,
+                progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+            )
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the same command goes on from the last finished layer in {out}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
     _show(report)
 
 
@@ -128,9 +123,7 @@ def _progress(console: Console) -> Progress:
 
 def _plan(format_name: str | None, plan: Path | None) -> Plan:
     if format_name is not None and plan is not None:
-        raise ExpertFlowError(
-            "--format and --plan were both given: a plan names its own default: give either"
-        )
+        raise ExpertFlowError("--format and --plan were both given: a plan names its own default: give either")
     return Plan.load(plan) if plan is not None else Plan.uniform(format_name or DEFAULT_FORMAT)
 
 

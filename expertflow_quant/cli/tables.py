@@ -90,8 +90,7 @@ def rare_note(manifest: Manifest) -> str | None:
     more = f" and {len(rare) - RARE_SHOWN} more" if len(rare) > RARE_SHOWN else ""
     listed = ", ".join(rare[:RARE_SHOWN]) + more
     return (
-        f"{len(rare)} experts saw few tokens and got those that came closest to choosing them as well: "
-        f"{listed}"
+        f"{len(rare)} experts saw few tokens and got those that came closest to choosing them as well: {listed}"
         if rare
         else None
     )

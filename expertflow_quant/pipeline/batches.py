@@ -45,9 +45,7 @@ class CalibrationData:
         """
         _check_images(processor, samples)
         groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-        batches = [
-            partial(_encode, processor, group, number * batch_size) for number, group in enumerate(groups)
-        ]
+        batches = [partial(_encode, processor, group, number * batch_size) for number, group in enumerate(groups)]
         return cls(batches, samples_digest(samples), {"samples": len(samples), "batch": batch_size})
 
     @classmethod

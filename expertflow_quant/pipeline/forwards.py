@@ -125,9 +125,7 @@ def watch_router(router: nn.Module, experts: int) -> Any:
 class Forwards:
     """The forwards of all batches of a model, on the CPU several at a time."""
 
-    def __init__(
-        self, model: Any, batches: Sequence[Callable[[], dict[str, Any]]], device: torch.device
-    ) -> None:
+    def __init__(self, model: Any, batches: Sequence[Callable[[], dict[str, Any]]], device: torch.device) -> None:
         self._threads = torch.get_num_threads()
         self._at_a_time = self._threads if device.type == "cpu" else 1
         self.all = [Forward(model, make_batch, alone=device.type == "cpu") for make_batch in batches]
@@ -149,8 +147,7 @@ def _current() -> Forward:
     thread = threading.current_thread()
     if not isinstance(thread, Forward):
         raise ExpertFlowError(
-            f"a model prepared with {EXPERTS_FUNCTION!r} only runs while it is observed: load it anew to "
-            f"use it"
+            f"a model prepared with {EXPERTS_FUNCTION!r} only runs while it is observed: load it anew to use it"
         )
     return thread
 

@@ -40,8 +40,7 @@ class ObserveOptions:
             raise ExpertFlowError(f"min_tokens {self.min_tokens} must not be below 0 (256 is usual)")
         if self.text_share is not None and not 0 < self.text_share < 1:
             raise ExpertFlowError(
-                f"text_share {self.text_share} must lie between 0 and 1 (0.5 is usual), or be None for raw "
-                f"counts"
+                f"text_share {self.text_share} must lie between 0 and 1 (0.5 is usual), or be None for raw counts"
             )
 
 
@@ -61,9 +60,7 @@ class ExpertRows:
         count = self.inputs.shape[0]
         if count <= limit:
             return self
-        kept = (
-            torch.linspace(0, count - 1, limit, dtype=torch.float64, device=self.inputs.device).round().long()
-        )
+        kept = torch.linspace(0, count - 1, limit, dtype=torch.float64, device=self.inputs.device).round().long()
         return ExpertRows(self.inputs[kept], self.weights[kept], self.tokens, self.coverage)
 
 
@@ -178,9 +175,7 @@ class _Tokens:
         valid = batch.get("attention_mask", torch.ones_like(ids)).reshape(-1).bool()
         if "mm_token_type_ids" in batch:
             return cls(valid, batch["mm_token_type_ids"].reshape(-1) == 0)
-        special = [
-            value for name in IMAGE_TOKEN_NAMES if isinstance(value := getattr(config, name, None), int)
-        ]
+        special = [value for name in IMAGE_TOKEN_NAMES if isinstance(value := getattr(config, name, None), int)]
         return cls(valid, ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device)))
 
 

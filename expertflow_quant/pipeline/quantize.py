@@ -90,10 +90,10 @@ def quantize_model(
 
     ``plan``: one format, its name, or a plan per expert. ``samples``: conversations ``{"messages": [...]}``
     with PIL images; awq and gptq without any take 128 generated charts and documents. ``observations``
-    instead of samples, made with ``keep=True``, spares running the model again for each of several methods.
-    rtn measures its errors on samples if it is given some, else on the weights. ``progress`` is told
-    (experts done, of how many, layer). Raises ExpertFlowError for anything that does not fit, before the
-    first expert where it can be seen there.
+    instead of samples, made with ``keep=True``, spares running the model again for each of several methods;
+    their device is used. rtn measures its errors on samples if it is given some, else on the weights.
+    ``progress`` is told (experts done, of how many, layer). Raises ExpertFlowError for anything that does
+    not fit, before the first expert where it can be seen there.
     """
     work = _Work(model, out, method, plan, samples, observations, options, observe, torch.device(device))
     return work.run(overwrite, progress or (lambda done, total, what: None))
@@ -122,6 +122,9 @@ class _Work:
         self.stream = model if isinstance(model, ModelStream) else ModelStream(model)
         self.out = Path(out)
         self.plan.check([(layer.shape, layer.experts) for layer in self.stream.layers])
+        if observations is not None:
+            self._check_same_model(observations)
+            self.device = observations.device
         self.observations = observations or self._observations(samples, observe)
 
     def run(self, overwrite: bool, progress: Progress) -> QuantizeReport:
@@ -159,9 +162,7 @@ class _Work:
             if observed.layer.index == last:
                 return
 
-    def _write_layer(
-        self, writer: CheckpointWriter, layer: MoELayer, observed: ObservedLayer | None
-    ) -> Iterator[int]:
+    def _write_layer(self, writer: CheckpointWriter, layer: MoELayer, observed: ObservedLayer | None) -> Iterator[int]:
         quantizer = LayerQuantizer(self.method, layer.shape, self.stream.gate(layer.index), self.options)
         made = {}
         for expert, entry, record in quantizer.run(self._jobs(layer, observed)):
@@ -186,6 +187,11 @@ class _Work:
             samples = generated_samples(DEFAULT_SAMPLES)
         data = CalibrationData.from_samples(load_processor(self.stream.folder), samples)
         return Observations(self.stream, data, observe, self.device)
+
+    def _check_same_model(self, observations: Observations) -> None:
+        seen, wanted = observations.stream.folder.resolve(), self.stream.folder.resolve()
+        if seen != wanted:
+            raise ExpertFlowError(f"observations of {seen} do not calibrate {wanted}: observe the model itself")
 
     @property
     def _needs_rows(self) -> bool:

@@ -36,9 +36,7 @@ def load_samples(path: Path | str, limit: int | None = None) -> list[Calibration
         raise ExpertFlowError(f"{path} is neither a folder nor a parquet file: give one that holds samples")
     samples = list(islice(found, limit))
     if not samples:
-        raise ExpertFlowError(
-            f'{path} holds no samples: write {{"messages": [...]}} into *.jsonl files there'
-        )
+        raise ExpertFlowError(f'{path} holds no samples: write {{"messages": [...]}} into *.jsonl files there')
     return samples
 
 
@@ -69,9 +67,7 @@ def _values(path: Path) -> Iterator[tuple[int, object]]:
             value = json.loads(text)
             parsed = value if isinstance(value, list) else [value]
     except (OSError, ValueError) as error:
-        raise ExpertFlowError(
-            f"cannot read samples from {path}: {error}: correct or remove the file"
-        ) from error
+        raise ExpertFlowError(f"cannot read samples from {path}: {error}: correct or remove the file") from error
     yield from enumerate(parsed)
 
 
@@ -79,16 +75,12 @@ def _from_parquet(path: Path) -> Iterator[CalibrationSample]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ExpertFlowError(
-            f"reading {path} needs pyarrow: pip install expertflow-quant[parquet]"
-        ) from error
+        raise ExpertFlowError(f"reading {path} needs pyarrow: pip install expertflow-quant[parquet]") from error
     try:
         file = parquet.ParquetFile(path)
         names = set(file.schema_arrow.names)
         if "messages" not in names:
-            raise ExpertFlowError(
-                f'{path} has no column "messages" (it has {", ".join(sorted(names))}): add it'
-            )
+            raise ExpertFlowError(f'{path} has no column "messages" (it has {", ".join(sorted(names))}): add it')
         columns = [name for name in ("messages", "images") if name in names]
         rows = (row for batch in file.iter_batches(64, columns=columns) for row in batch.to_pylist())
         for number, row in enumerate(rows):
@@ -107,14 +99,10 @@ def _json(text: str, where: str) -> object:
         raise ExpertFlowError(f"{where}: messages are not JSON ({error}): correct or remove it") from error
 
 
-def _sample(
-    value: object, where: str, folder: Path | None, images: Sequence[object] | None
-) -> CalibrationSample:
+def _sample(value: object, where: str, folder: Path | None, images: Sequence[object] | None) -> CalibrationSample:
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise ExpertFlowError(
-            f'{where}: a sample is {{"messages": [...]}} with at least one message: correct it'
-        )
+        raise ExpertFlowError(f'{where}: a sample is {{"messages": [...]}} with at least one message: correct it')
     left = iter(images or ())
     made = [_message(message, where, folder, left) for message in messages]
     if next(left, None) is not None:
@@ -137,9 +125,7 @@ def _part(part: object, where: str, folder: Path | None, images: Iterator[object
     if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
     if not isinstance(part, dict) or kind != "image":
-        raise ExpertFlowError(
-            f'{where}: a part is {{"type": "text", ...}} or {{"type": "image", ...}}: correct it'
-        )
+        raise ExpertFlowError(f'{where}: a part is {{"type": "text", ...}} or {{"type": "image", ...}}: correct it')
     source = part.get("image") or next(images, None)
     return {"type": "image", "image": _image(source, where, folder)}
 
@@ -149,13 +135,9 @@ def _image(source: object, where: str, folder: Path | None) -> Image.Image:
     if isinstance(raw, str) and folder is not None:
         raw = folder / raw
     if not isinstance(raw, (bytes, Path)):
-        raise ExpertFlowError(
-            f"{where}: an image part has no image (a relative path, or bytes in images): add it"
-        )
+        raise ExpertFlowError(f"{where}: an image part has no image (a relative path, or bytes in images): add it")
     try:
         with Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ExpertFlowError(
-            f"{where}: cannot read an image: {error}: correct or remove the sample"
-        ) from error
+        raise ExpertFlowError(f"{where}: cannot read an image: {error}: correct or remove the sample") from error

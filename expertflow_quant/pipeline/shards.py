@@ -67,9 +67,7 @@ class Shards:
             part: Tensor = self._open[path].get_slice(key)[index : index + 1]
             return part
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot read {key} from {path}: {error}: download the file again"
-            ) from error
+            raise CheckpointError(f"cannot read {key} from {path}: {error}: download the file again") from error
 
     def close(self) -> None:
         """Lets go of the mappings; they are made again when they are needed."""
@@ -90,7 +88,5 @@ class Shards:
         if not path.is_file():
             found = sorted(path.name for path in self.folder.glob("*.bin"))
             hint = f" (pickle files such as {found[0]} are not read: convert them)" if found else ""
-            raise CheckpointError(
-                f"{path} is missing{hint}: weights are read from safetensors: download it again"
-            )
+            raise CheckpointError(f"{path} is missing{hint}: weights are read from safetensors: download it again")
         return path

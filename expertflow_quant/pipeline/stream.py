@@ -82,9 +82,7 @@ class ModelStream:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
         if getattr(self.config, "quantization_config", None) is not None:
-            raise ExpertFlowError(
-                f"{self.folder} is quantized already: give the model in its own full precision"
-            )
+            raise ExpertFlowError(f"{self.folder} is quantized already: give the model in its own full precision")
         self.shards = Shards(self.folder)
         with torch.device("meta"):
             self.model: nn.Module = model_class(self.config)(self.config)
@@ -136,11 +134,7 @@ class ModelStream:
         pending: list[PendingTensor] = []
         for recipe in self._recipes:
             if experts.isdisjoint(recipe.targets):
-                pending += (
-                    self._as_parameters(recipe)
-                    if stable.issuperset(recipe.targets)
-                    else self._as_stored(recipe)
-                )
+                pending += self._as_parameters(recipe) if stable.issuperset(recipe.targets) else self._as_stored(recipe)
         return pending
 
     def close(self) -> None:
@@ -198,9 +192,7 @@ class ModelStream:
     def _stable_names(self) -> set[str]:
         """The parameters that loading finds again under their own names, untouched by any conversion."""
         recipes = _recipes(self.model, self._meta, list(self._meta))
-        return {
-            recipe.targets[0] for recipe in recipes if not recipe.converter and recipe.keys == recipe.targets
-        }
+        return {recipe.targets[0] for recipe in recipes if not recipe.converter and recipe.keys == recipe.targets}
 
     def _check_complete(self) -> None:
         ignored = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
@@ -279,6 +271,5 @@ def _works_per_expert(converter: Any) -> bool:
     rest = converter.operations[1:] if _is_listed(converter) else converter.operations
     stacks_first = not _is_listed(converter) or converter.operations[0].dim == 0
     return stacks_first and all(
-        isinstance(operation, (Concatenate, Transpose, Interleave)) and min(dims(operation)) > 0
-        for operation in rest
+        isinstance(operation, (Concatenate, Transpose, Interleave)) and min(dims(operation)) > 0 for operation in rest
     )

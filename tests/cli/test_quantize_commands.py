@@ -10,7 +10,7 @@ import pytest
 from helpers import tiny
 from typer.testing import CliRunner
 
-from expertflow_quant.checkpoint import CheckpointReader
+from expertflow_quant.checkpoint import CheckpointReader, CheckpointWriter
 from expertflow_quant.cli.main import app
 from expertflow_quant.cli.tables import size
 
@@ -29,9 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("samples")
-    talk = [
-        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(6)
-    ]
+    talk = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": str(n)}] for n in range(6)]
     (folder / "talk.jsonl").write_text("\n".join(json.dumps({"messages": turns}) for turns in talk))
     return folder
 
@@ -93,9 +91,7 @@ def test_a_plan_file(model: Path, tmp_path: Path) -> None:
         (["verify", "MODEL"], "no finished expertflow checkpoint"),
     ],
 )
-def test_errors_are_one_message_and_code_2(
-    arguments: list[str], message: str, model: Path, tmp_path: Path
-) -> None:
+def test_errors_are_one_message_and_code_2(arguments: list[str], message: str, model: Path, tmp_path: Path) -> None:
     places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
     result = runner.invoke(app, [places.get(argument, argument) for argument in arguments])
     assert result.exit_code == 2
@@ -120,13 +116,26 @@ def test_finished_and_damaged_checkpoints(model: Path, tmp_path: Path) -> None:
     assert "layer-00001.safetensors has sha256" in broken.stderr
 
 
+def test_interrupted_says_how_to_go_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ["quantize", str(model), str(tmp_path / "out"), "--method", "rtn", "--format", "int4-g16"]
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointWriter, "finish", stop)
+        stopped = runner.invoke(app, command)
+    assert stopped.exit_code == 130
+    assert "the same command goes on" in stopped.stderr
+    again = runner.invoke(app, command)
+    assert again.exit_code == 0
+    assert "2 layers kept from an earlier run" in again.stdout
+
+
 def test_as_a_process_without_a_terminal(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "expertflow_quant.cli.main"]
     arguments = ["quantize", str(model), str(tmp_path / "out"), "--method", "rtn", "--format", "int4-g16"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "KiB of experts in" in done.stdout
     assert "16/16" in done.stderr  # the progress bar keeps out of stdout

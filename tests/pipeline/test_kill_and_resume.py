@@ -53,9 +53,7 @@ def run(
 def run_and_kill(model: Path, out: Path, method: str, seconds: float) -> None:
     """A run in a process of its own, its experts held up a little, ended by SIGKILL after so many seconds."""
     delayed = {"progress": lambda *told: time.sleep(HELD_UP)}
-    process = multiprocessing.get_context("fork").Process(
-        target=run, args=(model, out, method), kwargs=delayed
-    )
+    process = multiprocessing.get_context("fork").Process(target=run, args=(model, out, method), kwargs=delayed)
     process.start()
     process.join(seconds)
     if process.pid is not None and process.is_alive():
@@ -95,9 +93,7 @@ def test_killed_and_run_again(method: str, model: Path, tmp_path: Path) -> None:
     CheckpointReader(out).verify(full=True)
 
 
-def test_killed_after_every_single_write(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_after_every_single_write(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, without chance: stop at the n-th rename, for every n, each time going on from where it
     was."""
     run(model, tmp_path / "whole", "rtn")

@@ -32,9 +32,7 @@ def qwen3_moe() -> Any:
 
 
 def mixtral() -> Any:
-    return transformers.MixtralConfig(
-        **SIZES, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2
-    )
+    return transformers.MixtralConfig(**SIZES, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)
 
 
 def olmoe() -> Any:
@@ -129,9 +127,7 @@ def test_hub_layout_of_qwen3_vl_moe_is_transposed_back(tmp_path: Path) -> None:
     folder = save_random(qwen3_vl_moe(), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     turned = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()}
-    assert sum(
-        not torch.equal(turned[k], tensors[k]) if turned[k].shape == tensors[k].shape else 1 for k in turned
-    )
+    assert sum(not torch.equal(turned[k], tensors[k]) if turned[k].shape == tensors[k].shape else 1 for k in turned)
     save_file(turned, folder / "model.safetensors", metadata={"format": "pt"})
     assert_streams_like_from_pretrained(folder)
 

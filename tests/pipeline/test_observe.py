@@ -35,15 +35,11 @@ def save_model(family: str, folder: Path) -> Path:
     return folder
 
 
-def calls_of_the_plain_model(
-    folder: Path, batches: list[dict[str, Tensor]]
-) -> list[list[tuple[Tensor, ...]]]:
+def calls_of_the_plain_model(folder: Path, batches: list[dict[str, Tensor]]) -> list[list[tuple[Tensor, ...]]]:
     """Per MoE layer, per batch: (hidden, ids, affinities) that transformers' own forward gives its
     experts."""
     stream = ModelStream(folder)
-    model = model_class(stream.config).from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
-    )
+    model = model_class(stream.config).from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
     seen: list[list[tuple[Tensor, ...]]] = []
     for _, module in expert_modules(model):
         seen.append([])
@@ -97,9 +93,7 @@ def observed_layer(index: Tensor, scores: Tensor | None, min_tokens: int) -> Obs
 
 
 def test_a_rare_expert_gets_the_tokens_that_came_closest_to_choosing_it() -> None:
-    scores = torch.tensor(
-        [[9.0, 8.0, 7.9, 0.0], [9.0, 8.0, 1.0, 7.0], [5.0, 4.0, 3.5, 0.0], [9.0, 2.0, 8.0, 1.0]]
-    )
+    scores = torch.tensor([[9.0, 8.0, 7.9, 0.0], [9.0, 8.0, 1.0, 7.0], [5.0, 4.0, 3.5, 0.0], [9.0, 2.0, 8.0, 1.0]])
     observed = observed_layer(scores.topk(2).indices, scores, min_tokens=3)
     assert observed.counts == [4, 3, 1, 0]
     rare = observed.rows(2)  # its own token 3, then margins -0.1 (token 0), -0.5 (token 2), -7 (token 1)
@@ -149,9 +143,7 @@ def test_modalities_share_the_weight(share: float | None, tmp_path: Path) -> Non
         assert (importance[text].sum() / importance.sum()).item() == pytest.approx(expected)
         assert len(set(importance[text].tolist())) == 1
         rows = observed.rows(int(observed.index[0, 0]))
-        assert rows.weights[0].item() == pytest.approx(
-            observed.affinity[0, 0].item() * importance[0].sqrt().item()
-        )
+        assert rows.weights[0].item() == pytest.approx(observed.affinity[0, 0].item() * importance[0].sqrt().item())
 
 
 def test_modality_is_read_off_the_token_ids_where_the_processor_does_not_say() -> None:
@@ -212,9 +204,7 @@ def test_an_error_inside_a_forward_is_raised_here(tmp_path: Path) -> None:
     bad = tiny.model_inputs("qwen3_moe") | {"input_ids": torch.full((2, 12), 10**6)}
     before = threading.active_count()
     with pytest.raises(IndexError):
-        list(
-            Observations(stream, CalibrationData.from_batches([tiny.model_inputs("qwen3_moe"), bad])).layers()
-        )
+        list(Observations(stream, CalibrationData.from_batches([tiny.model_inputs("qwen3_moe"), bad])).layers())
     assert threading.active_count() == before
 
 

@@ -51,9 +51,7 @@ def test_every_family_by_every_method(family: str, tmp_path: Path) -> None:
     observations = observe(stream, family)
     errors = {}
     for method in METHODS:
-        report = quantize_model(
-            stream, tmp_path / method, method=method, plan="int4-g16", observations=observations
-        )
+        report = quantize_model(stream, tmp_path / method, method=method, plan="int4-g16", observations=observations)
         reader = CheckpointReader(tmp_path / method)
         reader.verify(full=True)
         assert reader.manifest == report.manifest
@@ -87,14 +85,10 @@ def test_bf16_records_are_the_weights(family: str, tmp_path: Path) -> None:
 
 def test_a_mixed_plan_gives_each_expert_its_format(tmp_path: Path) -> None:
     stream = ModelStream(save_model("qwen3_vl_moe", tmp_path / "model"))
-    plan = Plan.parse(
-        {"default": "int4-g16", "layers": {"0": {"3": "int2-g16", "5": "bf16"}, "1": "int8-channel"}}
-    )
+    plan = Plan.parse({"default": "int4-g16", "layers": {"0": {"3": "int2-g16", "5": "bf16"}, "1": "int8-channel"}})
     observations = observe(stream, "qwen3_vl_moe")
     for method in METHODS:
-        report = quantize_model(
-            stream, tmp_path / method, method=method, plan=plan, observations=observations
-        )
+        report = quantize_model(stream, tmp_path / method, method=method, plan=plan, observations=observations)
         reader = CheckpointReader(tmp_path / method)
         reader.verify(full=True)
         for layer, expert, entry in report.experts:
@@ -108,9 +102,7 @@ def test_reported_errors_are_those_of_the_records(tmp_path: Path) -> None:
     stream = ModelStream(save_model("mixtral", tmp_path / "model"))
     observations = observe(stream, "mixtral")
     for method in METHODS:
-        report = quantize_model(
-            stream, tmp_path / method, method=method, plan=INT2, observations=observations
-        )
+        report = quantize_model(stream, tmp_path / method, method=method, plan=INT2, observations=observations)
         reader = CheckpointReader(tmp_path / method)
         for observed in observations.layers():
             layer = observed.layer.index
@@ -179,9 +171,7 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
         for run in "ab":
             stream = ModelStream(folder)
             observations = observe(stream, "qwen3_vl_moe")
-            quantize_model(
-                stream, tmp_path / method / run, method=method, plan=INT4, observations=observations
-            )
+            quantize_model(stream, tmp_path / method / run, method=method, plan=INT4, observations=observations)
         assert tree(tmp_path / method / "a") == tree(tmp_path / method / "b")
 
 
@@ -216,6 +206,30 @@ def test_conversations_calibrate_through_the_processor(tmp_path: Path) -> None:
     wordless = [{"messages": [{"role": "user", "content": [{"type": "image", "image": None}]}]}] * 3
     with pytest.raises(ExpertFlowError, match="sample 0: None is not a PIL image"):
         quantize_model(folder, tmp_path / "out4", plan="int4-g16", samples=wordless)
+
+
+def test_observations_of_another_model_are_refused(tmp_path: Path) -> None:
+    one, other = (ModelStream(save_model("mixtral", tmp_path / name)) for name in ("one", "other"))
+    with pytest.raises(ExpertFlowError, match="do not calibrate"):
+        quantize_model(one, tmp_path / "out", plan=INT4, observations=observe(other, "mixtral"))
+    seen = observe(one, "mixtral")
+    with pytest.raises(ExpertFlowError, match="give either"):
+        quantize_model(one, tmp_path / "out", plan=INT4, observations=seen, samples=[])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method: str, tmp_path: Path) -> None:
+    stream = ModelStream(save_model("qwen3_vl_moe", tmp_path / "model"))
+    batches = [tiny.model_inputs("qwen3_vl_moe", rows=4, length=24, seed=seed) for seed in range(3)]
+    data = CalibrationData.from_batches(batches)
+    errors = {}
+    for device in ("cpu", "cuda"):
+        observations = Observations(stream, data, ObserveOptions(), device, torch.float32)
+        report = quantize_model(stream, tmp_path / device, method=method, plan=INT4, observations=observations)
+        CheckpointReader(tmp_path / device).verify(full=True)
+        errors[device] = mean_error(report)
+    assert errors["cuda"] == pytest.approx(errors["cpu"], rel=0.02)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:

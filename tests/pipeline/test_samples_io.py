@@ -54,10 +54,7 @@ def test_a_folder_of_json_and_jsonl_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("as_struct", [True, False])
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_parquet_file(as_struct: bool, as_text: bool, tmp_path: Path) -> None:
-    rows = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"n{n}"}]}]
-        for n in range(3)
-    ]
+    rows = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"n{n}"}]}] for n in range(3)]
     images: list[list[Any]] = [[png(color)] for color in ("red", "lime", "blue")]
     if as_struct:
         images = [[{"bytes": image, "path": None} for image in row] for row in images]

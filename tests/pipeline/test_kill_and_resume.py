@@ -50,8 +50,11 @@ def run(
     )
 
 
-def run_and_kill(model: Path, out: Path, method: str, seconds: float) -> None:
-    """A run in a process of its own, its experts held up a little, ended by SIGKILL after so many seconds."""
+def run_and_kill(model: Path, out: Path, method: str, seconds: float) -> bool:
+    """A run in a process of its own, its experts held up a little, ended by SIGKILL after so many seconds.
+
+    False when it came to its own end before that.
+    """
     delayed = {"progress": lambda *told: time.sleep(HELD_UP)}
     process = multiprocessing.get_context("fork").Process(target=run, args=(model, out, method), kwargs=delayed)
     process.start()
@@ -59,6 +62,7 @@ def run_and_kill(model: Path, out: Path, method: str, seconds: float) -> None:
     if process.pid is not None and process.is_alive():
         os.kill(process.pid, signal.SIGKILL)
     process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -82,11 +86,8 @@ def test_killed_and_run_again(method: str, model: Path, tmp_path: Path) -> None:
     usual = time.monotonic() - started + 16 * HELD_UP
     wanted, out = tree(tmp_path / "whole"), tmp_path / "killed"
     moments = random.Random(method)
-    seen = set()
-    for _ in range(8):
-        run_and_kill(model, out, method, moments.uniform(0.05, 1.1) * usual)
-        seen.add(tuple(tree(out)) if out.exists() else ())
-    assert len(seen) > 1, "every kill left the same state: none happened in between"
+    killed = [run_and_kill(model, out, method, moments.uniform(0.05, 1.1) * usual) for _ in range(8)]
+    assert any(killed)
     if tree(out) != wanted:
         run(model, out, method)
     assert tree(out) == wanted

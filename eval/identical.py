@@ -1,5 +1,6 @@
 """Are the tokens the same at every expert memory? ``python -m eval.identical OUT [OUT ...] --items 64``."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 import expertflow_quant
-from eval.report import cells_table, make_console, percent
+from eval.provenance import provenance
+from eval.report import cells_table, make_console, percent, write_json
 from eval.tasks import Task, TaskItem, generated_tasks
 
 MINIMUM = "minimum"
@@ -62,17 +64,22 @@ def main(
     items: Annotated[int, typer.Option(min=1, help="held-out questions, charts and documents in turn")] = 64,
     expert_memory: Annotated[str, typer.Option(help="compared with all resident, beside the minimum")] = "25%",
     device: str = "cpu",
+    out: Annotated[Path | None, typer.Option(help="write the counts into this JSON file too")] = None,
 ) -> None:
     """Exit status 1 unless every answer has the same tokens at every expert memory."""
     questions = first_items(generated_tasks(items), items)
+    found_in: dict[str, Any] = {}
     columns, rows, different = ["checkpoint", "memory", "same answers", "hit rate alone %"], [], 0
     for path in checkpoints:
-        report = check_budgets(path, questions, [expert_memory, MINIMUM], device)
+        found_in[path.name] = report = check_budgets(path, questions, [expert_memory, MINIMUM], device)
         for budget, found in report["budgets"].items():
             different += items - found["identical"]
             share = percent(found["alone"]["hit_rate"])
             rows.append([path.name, f"{budget}: {found['bytes']:,} B", f"{found['identical']} / {items}", share])
     make_console().print(cells_table("tokens against those of all experts resident", columns, rows))
+    if out is not None:
+        made = provenance("eval.identical", sys.argv[1:], device)
+        write_json(out, {"provenance": made, "checkpoints": found_in, "different": different})
     raise typer.Exit(bool(different))
 
 

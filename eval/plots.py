@@ -104,7 +104,7 @@ def draw_bytes(axes: Axes, judgements: Sequence[Judgement], task: Task) -> None:
     scores = [judgement.mean(task.name) for judgement in judgements]
     room = max(0.02, 0.08 * (max(scores) - min(scores)))
     axes.set_ylim(min(scores) - room, min(max(scores) + room, 1 + room / 8))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=False, min_n_ticks=3))
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.set_title(f"{task.title}: {task.metric.title}")

@@ -125,17 +125,9 @@ def glyph_loss(
     shares = []
     for name in WORDS:
         words = batch[f"cell_{name}"].long()
-        logits = (
-            F.linear(cells, heads[f"{name}.weight"], heads[f"{name}.bias"])
-            .float()
-            .unflatten(-1, (feed.WORD, -1))
-        )
+        logits = F.linear(cells, heads[f"{name}.weight"], heads[f"{name}.bias"]).float().unflatten(-1, (feed.WORD, -1))
         shown = (words[..., 0] > 0).float()
-        each = (
-            F.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none")
-            .view(words.shape)
-            .mean(-1)
-        )
+        each = F.cross_entropy(logits.flatten(0, 2), words.flatten(), reduction="none").view(words.shape).mean(-1)
         total = total + 2 * (each * shown).sum() / shown.sum().clamp_min(1)
         shares.append(((logits.argmax(-1) == words).all(-1) * shown).sum() / shown.sum().clamp_min(1))
     colors = batch["cell_color"].long()
@@ -154,9 +146,7 @@ def answer_loss(
     at, label = batch["label_at"].long(), batch["label"].long()
     picked = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))
     logits = F.linear(picked, table).float()
-    each = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-100).view(
-        label.shape
-    )
+    each = F.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none", ignore_index=-100).view(label.shape)
     used = (label >= 0).float()
     read = used * (at >= feed.QUESTIONS * feed.SLOT)
     asked = used - read
@@ -359,9 +349,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("kind", choices=("moe", "dense"))
     parser.add_argument("out", type=Path, help="folder for weights and loss curve")
-    parser.add_argument(
-        "--processor", type=Path, required=True, help="folder of the processor that both models share"
-    )
+    shared = Path(__file__).with_name("moe")
+    parser.add_argument("--processor", type=Path, default=shared, help="folder of the processor that both models share")
     parser.add_argument(
         "--tower", type=Path, help="start from this trained tower (tower.safetensors of an earlier run)"
     )

@@ -87,9 +87,7 @@ def file_map() -> str:
 
 def map_entries(files: list[str]) -> dict[str, str]:
     """Path -> its line, in the order of the tree: folders (which end in /) before what they hold."""
-    rooms = sorted(
-        {path.split("/")[1] for path in files if path.startswith("tests/") and path.count("/") > 1}
-    )
+    rooms = sorted({path.split("/")[1] for path in files if path.startswith("tests/") and path.count("/") > 1})
     found = {"tests/": f"One folder for each room: {', '.join(rooms)}"} if rooms else {}
     for name in files:
         path = PurePosixPath(name)

@@ -171,9 +171,7 @@ def build_model(kind: str, processor: ImageProcessor) -> Any:
             norm_topk_prob=True,
             router_aux_loss_coef=0.01,
         )
-        model: Any = Qwen3VLMoeForConditionalGeneration(
-            Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids)
-        )
+        model: Any = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids))
     elif kind == "dense":
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
     else:

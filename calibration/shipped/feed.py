@@ -140,9 +140,7 @@ class Encoder:
         ids = [e.ids for e in self.backend.encode_batch(texts, add_special_tokens=False)]
         return list(zip(ids[::2], ids[1::2], strict=True))
 
-    def write(
-        self, sheet: Sheet, rng: np.random.Generator, out: dict[str, np.ndarray], row: int
-    ) -> list[Question]:
+    def write(self, sheet: Sheet, rng: np.random.Generator, out: dict[str, np.ndarray], row: int) -> list[Question]:
         """Fill one row of the arrays; returns the questions asked."""
         order = rng.permutation(len(sheet.questions))[:QUESTIONS]
         asked = [sheet.questions[i] for i in order]

@@ -44,9 +44,7 @@ def constants(model: Any, processor: Any, device: str) -> dict[str, Any]:
     following = positions.max() + 1
     lengths = [SLOT] * QUESTIONS + [TRANSCRIPT]
     text = torch.cat([following + torch.arange(length) for length in lengths])
-    owner = torch.cat(
-        [torch.zeros(prefix.shape[1]), *(torch.full((n,), i + 1.0) for i, n in enumerate(lengths))]
-    )
+    owner = torch.cat([torch.zeros(prefix.shape[1]), *(torch.full((n,), i + 1.0) for i, n in enumerate(lengths))])
     everywhere = torch.cat([positions, text.expand(3, 1, -1)], -1)
     cos, sin = model.model.language_model.rotary_emb(torch.zeros(1, 1), everywhere)
     order = torch.arange(PATCHES).view(GRID // MERGE, MERGE, GRID // MERGE, MERGE).transpose(1, 2).reshape(-1)
@@ -128,18 +126,12 @@ def merge(x: Tensor, p: Params, prefix: str, after: bool) -> Tensor:
     wide = x.shape[-1] * MERGE**2
     w, b = p[prefix + "norm.weight"], p[prefix + "norm.bias"]
     y = x.reshape(len(x), CELLS, wide) if after else x
-    y = (
-        F.layer_norm(y.float(), (y.shape[-1],), w.float(), b.float(), 1e-6)
-        .to(x.dtype)
-        .reshape(len(x), CELLS, wide)
-    )
+    y = F.layer_norm(y.float(), (y.shape[-1],), w.float(), b.float(), 1e-6).to(x.dtype).reshape(len(x), CELLS, wide)
     y = F.gelu(F.linear(y, p[prefix + "linear_fc1.weight"], p[prefix + "linear_fc1.bias"]))
     return F.linear(y, p[prefix + "linear_fc2.weight"], p[prefix + "linear_fc2.bias"])
 
 
-def tower(
-    p: Params, images: Tensor, c: dict[str, Any], block: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
+def tower(p: Params, images: Tensor, c: dict[str, Any], block: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures uint8 [B, S, S, 3] -> patches [B, PATCHES, C], cells [B, CELLS, H], deepstack cells [B, CELLS, H]."""
     root = "model.visual."
     weight = p[root + "patch_embed.proj.weight"]

@@ -84,13 +84,7 @@ def inner_path(folder: Path, name: object) -> Path:
     """``folder / name`` for a relative name with forward slashes that stays inside; CheckpointError for
     any other."""
     pure = PurePosixPath(name) if isinstance(name, str) else PurePosixPath()
-    plain = (
-        isinstance(name, str)
-        and str(pure) == name
-        and "\\" not in name
-        and ":" not in name
-        and "\0" not in name
-    )
+    plain = isinstance(name, str) and str(pure) == name and "\\" not in name and ":" not in name and "\0" not in name
     if not plain or pure.is_absolute() or ".." in pure.parts or pure == PurePosixPath("."):
         raise CheckpointError(
             f"file name {name!r} in {folder} is refused: a checkpoint names files inside its own folder, "

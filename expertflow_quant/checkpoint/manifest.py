@@ -17,11 +17,17 @@ from expertflow_quant.formats.record import ExpertShape, RecordLayout
 from expertflow_quant.formats.spec import Format
 
 MANIFEST_FILE = "manifest.json"
+EXPERTS_FOLDER = "experts"
 FORMAT_NAME = "expertflow-checkpoint"
 FORMAT_VERSION = 1
 COVERAGES = ("routed", "closest", "few", "none")
 
 T = TypeVar("T")
+
+
+def layer_file(layer: int) -> str:
+    """The name of a layer's file, relative to the checkpoint."""
+    return f"{EXPERTS_FOLDER}/layer-{layer:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,7 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         if len(self.sha256) != 64 or not set(self.sha256) <= set("0123456789abcdef"):
-            raise CheckpointError(
-                f"{self.file}: sha256 {self.sha256!r} is not 64 hex digits: restore the manifest"
-            )
+            raise CheckpointError(f"{self.file}: sha256 {self.sha256!r} is not 64 hex digits: restore the manifest")
         if self.nbytes < 0:
             raise CheckpointError(f"{self.file}: size {self.nbytes} is below 0: restore the manifest")
 
@@ -63,9 +67,7 @@ class ExpertEntry:
 
     def __post_init__(self) -> None:
         if self.coverage not in COVERAGES:
-            raise CheckpointError(
-                f"coverage {self.coverage!r} is not known: use one of {', '.join(COVERAGES)}"
-            )
+            raise CheckpointError(f"coverage {self.coverage!r} is not known: use one of {', '.join(COVERAGES)}")
         if not (math.isfinite(self.error) and self.error >= 0 and self.tokens >= 0):
             raise CheckpointError(
                 f"an expert's error {self.error} and token count {self.tokens} must be finite and not below "
@@ -213,9 +215,7 @@ def file_from_json(value: object, folder: Path) -> FileEntry:
     """A file as ``FileEntry.to_json`` wrote it; a name that leaves the folder raises CheckpointError."""
     entry = _typed(value, dict, "a file")
     inner_path(folder, entry["file"])
-    return FileEntry(
-        entry["file"], _typed(entry["sha256"], str, "sha256"), _typed(entry["nbytes"], int, "nbytes")
-    )
+    return FileEntry(entry["file"], _typed(entry["sha256"], str, "sha256"), _typed(entry["nbytes"], int, "nbytes"))
 
 
 def _manifest(value: object, folder: Path) -> Manifest:
@@ -227,10 +227,17 @@ def _manifest(value: object, folder: Path) -> Manifest:
             f"again"
         )
     model = _typed(top["model"], dict, "model")
+    layers = _each(top["layers"], "layers", lambda layer: layer_from_json(layer, folder))
+    for index, layer in enumerate(layers):
+        if layer.file.file != layer_file(index):
+            raise CheckpointError(
+                f"layer {index} names the file {layer.file.file}, which must be {layer_file(index)}: "
+                f"restore the manifest or quantize again"
+            )
     return Manifest(
         model_id=_typed(model["id"], str, "model id"),
         model_type=_typed(model["type"], str, "model type"),
-        layers=_each(top["layers"], "layers", lambda layer: layer_from_json(layer, folder)),
+        layers=layers,
         backbone=_each(top["backbone"], "backbone", lambda entry: file_from_json(entry, folder)),
         files=_each(top["files"], "files", lambda entry: file_from_json(entry, folder)),
         made=_typed(top["made"], dict, "made"),
@@ -251,9 +258,7 @@ def _expert(value: object) -> ExpertEntry:
 
 def _typed(value: object, kind: type[T] | tuple[type, ...], what: str) -> T:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ExpertFlowError(
-            f"{what} is {type(value).__name__} {str(value)[:60]!r}, which does not belong there"
-        )
+        raise ExpertFlowError(f"{what} is {type(value).__name__} {str(value)[:60]!r}, which does not belong there")
     return value  # type: ignore[return-value]
 
 

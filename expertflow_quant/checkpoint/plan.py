@@ -73,9 +73,7 @@ class Plan:
                 raise ExpertFlowError(_unknown(f"MoE layer {layer}", len(shapes), "layers"))
             for expert in () if isinstance(entry, Format) else entry:
                 if expert >= shapes[layer][1]:
-                    raise ExpertFlowError(
-                        _unknown(f"expert {expert} of layer {layer}", shapes[layer][1], "experts")
-                    )
+                    raise ExpertFlowError(_unknown(f"expert {expert} of layer {layer}", shapes[layer][1], "experts"))
         for layer, (shape, experts) in enumerate(shapes):
             for form in {self.format(layer, expert) for expert in range(experts)}:
                 for _, in_features in shape.matrices.values():
@@ -84,9 +82,7 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """The JSON value that ``parse`` reads back."""
         layers: dict[str, object] = {
-            str(layer): entry.name
-            if isinstance(entry, Format)
-            else {str(e): entry[e].name for e in sorted(entry)}
+            str(layer): entry.name if isinstance(entry, Format) else {str(e): entry[e].name for e in sorted(entry)}
             for layer, entry in sorted(self.layers.items())
         }
         return {"default": self.default.name, "layers": layers}
@@ -106,9 +102,7 @@ def _layer(entry: object, where: str) -> LayerPlan:
 
 def _format(text: object, where: str) -> Format:
     if not isinstance(text, str):
-        raise ExpertFlowError(
-            f'{where}: {_shown(text)} is not a format: write its name as text, e.g. "int4-g32"'
-        )
+        raise ExpertFlowError(f'{where}: {_shown(text)} is not a format: write its name as text, e.g. "int4-g32"')
     try:
         return Format.parse(text)
     except ExpertFlowError as error:

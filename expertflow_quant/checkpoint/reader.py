@@ -42,9 +42,7 @@ class CheckpointReader:
         fault."""
         faults = [fault for entry in self.manifest.all_files if (fault := self._fault(entry, full))]
         if faults:
-            raise CheckpointError(
-                "; ".join(faults) + ": copy the checkpoint again or quantize again with --overwrite"
-            )
+            raise CheckpointError("; ".join(faults) + ": copy the checkpoint again or quantize again with --overwrite")
         for layer in range(len(self.manifest.layers)) if full else ():
             self._mapped(layer)
 
@@ -79,12 +77,7 @@ def _record_offsets(path: Path, layer: LayerEntry) -> list[int]:
     offsets = []
     for index, expert in enumerate(layer.experts):
         place = places.get(record_name(index))
-        if (
-            place is None
-            or place.dtype != "U8"
-            or place.nbytes != expert.nbytes
-            or place.offset % DATA_ALIGNMENT
-        ):
+        if place is None or place.dtype != "U8" or place.nbytes != expert.nbytes or place.offset % DATA_ALIGNMENT:
             raise CheckpointError(
                 f"{path}: expert {index} is {place}, wanted {expert.nbytes} bytes of U8 from a multiple of "
                 f"{DATA_ALIGNMENT}: quantize again with --overwrite"

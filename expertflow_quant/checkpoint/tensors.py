@@ -89,9 +89,7 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
             if not 2 <= length <= min(MAX_HEADER, size - 8):
                 raise CheckpointError(_damaged(path, f"its header claims {length} bytes of {size}"))
             header = json.loads(file.read(length))
-        places = {
-            str(name): _place(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"
-        }
+        places = {str(name): _place(entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}: restore the file") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -109,9 +107,7 @@ def _header(tensors: Sequence[PendingTensor]) -> bytes:
     end = 0
     for pending in tensors:
         if pending.dtype not in DTYPE_NAMES:
-            raise CheckpointError(
-                f"tensor {pending.name}: safetensors holds no {pending.dtype}: convert it first"
-            )
+            raise CheckpointError(f"tensor {pending.name}: safetensors holds no {pending.dtype}: convert it first")
         entries[pending.name] = {
             "dtype": DTYPE_NAMES[pending.dtype],
             "shape": list(pending.shape),
@@ -139,9 +135,7 @@ def _place(entry: dict[str, list[int]], data_start: int) -> TensorPlace:
     begin, end = (int(offset) for offset in entry["data_offsets"])
     if not 0 <= begin <= end:
         raise ValueError(f"offsets {begin}, {end}")
-    return TensorPlace(
-        data_start + begin, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin
-    )
+    return TensorPlace(data_start + begin, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), end - begin)
 
 
 def _damaged(path: Path, why: str) -> str:

@@ -46,18 +46,19 @@ from expertflow_quant.checkpoint.errors import CheckpointError, ResumeError
 from expertflow_quant.checkpoint.files import hash_file, inner_path, json_bytes, write_durably
 from expertflow_quant.checkpoint.journal import Journal
 from expertflow_quant.checkpoint.manifest import (
+    EXPERTS_FOLDER,
     MANIFEST_FILE,
     ExpertEntry,
     FileEntry,
     LayerEntry,
     Manifest,
     file_from_json,
+    layer_file,
     layer_from_json,
 )
 from expertflow_quant.checkpoint.tensors import PendingTensor, write_tensors
 from expertflow_quant.formats.record import ExpertShape
 
-EXPERTS_FOLDER = "experts"
 BACKBONE_FILE = "backbone.safetensors"
 BACKBONE_INDEX = BACKBONE_FILE + ".index.json"
 SHARD_BYTES = 4 * 10**9
@@ -66,11 +67,6 @@ SHARD_BYTES = 4 * 10**9
 def record_name(expert: int) -> str:
     """The tensor name of an expert's record in its layer's file."""
     return f"expert.{expert}"
-
-
-def layer_file(layer: int) -> str:
-    """The name of a layer's file, relative to the checkpoint."""
-    return f"{EXPERTS_FOLDER}/layer-{layer:05d}.safetensors"
 
 
 class CheckpointWriter:
@@ -93,8 +89,8 @@ class CheckpointWriter:
         if self._has_manifest and not self._journal.exists:
             self._journal.remove()
             raise ResumeError(
-                f"{self.folder} holds a finished checkpoint: give --overwrite to replace it or choose "
-                f"another folder"
+                f"{self.folder} holds a finished checkpoint, complete and ready for use: give --overwrite to "
+                f"replace it or choose another folder"
             )
         self._journal.begin(job)
 
@@ -159,9 +155,7 @@ class CheckpointWriter:
         try:
             content = source.read_bytes()
         except OSError as error:
-            raise CheckpointError(
-                f"cannot read {source}: {error.strerror or error}: restore the file"
-            ) from error
+            raise CheckpointError(f"cannot read {source}: {error.strerror or error}: restore the file") from error
         self._write_file(source.name, content)
 
     def finish(self, model_id: str, model_type: str, made: Mapping[str, object]) -> Manifest:
@@ -203,11 +197,7 @@ class CheckpointWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise ResumeError(f"{self.folder} is a file: choose a folder for the checkpoint")
         ours = self._has_manifest or self._journal.folder.is_dir()
-        if (
-            self.folder.is_dir()
-            and not ours
-            and (found := sorted(path.name for path in self.folder.iterdir()))
-        ):
+        if self.folder.is_dir() and not ours and (found := sorted(path.name for path in self.folder.iterdir())):
             raise ResumeError(
                 f"{self.folder} holds files that are not a checkpoint's ({', '.join(found[:3])}): choose an "
                 f"empty folder"

@@ -142,6 +142,8 @@ def _device(name: str) -> str:
         kind = torch.device(name).type
     except RuntimeError as error:
         raise ExpertFlowError(f"device {name!r} is not known: use auto, cpu, cuda or cuda:N") from error
+    if kind not in ("cpu", "cuda"):
+        raise ExpertFlowError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ExpertFlowError(f"device {name!r}: torch sees no CUDA device here: use cpu")
     return name

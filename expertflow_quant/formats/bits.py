@@ -25,9 +25,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     _check_bytes(codes, "codes")
     _check_row(codes.shape[1], bits)
     if bits < 8 and codes.numel() and int(codes.max()) >> bits:
-        raise ExpertFlowError(
-            f"code {int(codes.max())} does not fit {bits} bits: the largest is {(1 << bits) - 1}"
-        )
+        raise ExpertFlowError(f"code {int(codes.max())} does not fit {bits} bits: the largest is {(1 << bits) - 1}")
     if bits == 8:
         return codes.contiguous().clone()
     if bits == 3:
@@ -86,15 +84,11 @@ def _unpack_three(packed: Tensor, in_features: int) -> Tensor:
 
 def _check_bytes(tensor: Tensor, what: str) -> None:
     if tensor.dtype != torch.uint8 or tensor.ndim != 2:
-        raise ExpertFlowError(
-            f"{what} must be a uint8 matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}"
-        )
+        raise ExpertFlowError(f"{what} must be a uint8 matrix, got {tensor.dtype} of shape {tuple(tensor.shape)}")
 
 
 def _check_row(in_features: int, bits: int) -> None:
     if bits not in INT_BITS:
         raise ExpertFlowError(f"{bits!r} bits are not known: use one of {', '.join(map(str, INT_BITS))}")
     if in_features <= 0 or in_features % CODE_MULTIPLE:
-        raise ExpertFlowError(
-            f"a row of {in_features} codes must be a positive multiple of {CODE_MULTIPLE}: pad it"
-        )
+        raise ExpertFlowError(f"a row of {in_features} codes must be a positive multiple of {CODE_MULTIPLE}: pad it")

@@ -81,9 +81,7 @@ class RecordLayout:
             except ExpertFlowError as error:
                 raise ExpertFlowError(f"{name} of {self.shape}: {error}") from None
         if self.input_scale and not self.format.is_int:
-            raise ExpertFlowError(
-                f"{self.format.name} weights carry no input scale: set input_scale=False or use int8"
-            )
+            raise ExpertFlowError(f"{self.format.name} weights carry no input scale: set input_scale=False or use int8")
 
     @cached_property
     def fields(self) -> dict[str, Field]:

@@ -7,9 +7,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 
 INT_BITS = (2, 3, 4, 8)
 CODE_MULTIPLE = 8  # eight codes of any width fill whole bytes, so a row of codes never ends inside a byte
-KNOWN_NAMES = (
-    "bf16, or int2|int3|int4|int8 with -g<group size> or -channel, then -asym if wanted (e.g. int4-g32)"
-)
+KNOWN_NAMES = "bf16, or int2|int3|int4|int8 with -g<group size> or -channel, then -asym if wanted (e.g. int4-g32)"
 
 _NAME = re.compile(r"int([1-9][0-9]*)-(?:g([1-9][0-9]*)|(channel))(-asym)?")
 
@@ -38,9 +36,7 @@ class Format:
         if self.kind != "int":
             raise ExpertFlowError(f"format kind {self.kind!r} is not known: use 'int' or 'bf16'")
         if type(self.bits) is not int or self.bits not in INT_BITS:
-            raise ExpertFlowError(
-                f"{self.bits!r} bits are not known: use one of {', '.join(map(str, INT_BITS))}"
-            )
+            raise ExpertFlowError(f"{self.bits!r} bits are not known: use one of {', '.join(map(str, INT_BITS))}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 0:
             raise ExpertFlowError(
                 f"group size {self.group_size!r} must be a whole number of columns, or 0 for whole rows"
@@ -88,9 +84,7 @@ class Format:
     def validate_for(self, in_features: int) -> None:
         """Raises ExpertFlowError unless rows of ``in_features`` columns can be coded this way."""
         if in_features <= 0:
-            raise ExpertFlowError(
-                f"a matrix with {in_features} input columns cannot be coded: it needs at least one"
-            )
+            raise ExpertFlowError(f"a matrix with {in_features} input columns cannot be coded: it needs at least one")
         if not self.is_int:
             return
         if in_features % CODE_MULTIPLE:

@@ -59,14 +59,10 @@ def expert_product(hidden: Tensor, weights: ExpertWeights, gate: Callable[[Tenso
     return functional.linear(inner, weights.down, weights.down_bias)
 
 
-def _matrix(
-    views: Mapping[str, Tensor], name: str, format: Format, in_features: int, dtype: torch.dtype
-) -> Tensor:
+def _matrix(views: Mapping[str, Tensor], name: str, format: Format, in_features: int, dtype: torch.dtype) -> Tensor:
     if not format.is_int:
         return views[f"{name}.weight"].to(dtype)
-    return dequantize(
-        views[f"{name}.codes"], views[f"{name}.scales"], views.get(f"{name}.zeros"), format, dtype
-    )
+    return dequantize(views[f"{name}.codes"], views[f"{name}.scales"], views.get(f"{name}.zeros"), format, dtype)
 
 
 def dequantize(

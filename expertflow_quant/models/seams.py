@@ -132,8 +132,7 @@ def model_class(config: Any) -> Any:
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     raise ExpertFlowError(
-        f"transformers {transformers.__version__} generates text with no {type(config).__name__}: update "
-        f"transformers"
+        f"transformers {transformers.__version__} generates text with no {type(config).__name__}: update transformers"
     )
 
 

@@ -60,9 +60,7 @@ class ExpertCache:
     @property
     def stats(self) -> CacheStats:
         layers = tuple(LayerStats(*counts) for counts in zip(self._hits, self._misses, strict=True))
-        return CacheStats(
-            sum(self._hits), sum(self._misses), self._moved, self._copies.stall_seconds(), layers
-        )
+        return CacheStats(sum(self._hits), sum(self._misses), self._moved, self._copies.stall_seconds(), layers)
 
     def reset_stats(self) -> None:
         """Count from zero again; what is resident stays."""

@@ -22,13 +22,9 @@ class LayerRecords:
 
     def __post_init__(self) -> None:
         if not self.nbytes or min(self.nbytes) <= 0:
-            raise ExpertFlowError(
-                f"records of {self.nbytes} bytes: a layer needs experts, each of at least one byte"
-            )
+            raise ExpertFlowError(f"records of {self.nbytes} bytes: a layer needs experts, each of at least one byte")
         if not 1 <= self.top_k <= len(self.nbytes):
-            raise ExpertFlowError(
-                f"top_k {self.top_k} must be between 1 and the layer's {len(self.nbytes)} experts"
-            )
+            raise ExpertFlowError(f"top_k {self.top_k} must be between 1 and the layer's {len(self.nbytes)} experts")
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,7 @@ def plan_slots(layers: Sequence[LayerRecords], budget_bytes: int) -> tuple[SizeC
         slots[chosen] += 1
         left -= classes[chosen].nbytes
     return tuple(
-        SizeClass(size.nbytes, size.records, size.minimum, count)
-        for size, count in zip(classes, slots, strict=True)
+        SizeClass(size.nbytes, size.records, size.minimum, count) for size, count in zip(classes, slots, strict=True)
     )
 
 
@@ -100,9 +95,7 @@ def _minimum_classes(layers: Sequence[LayerRecords]) -> list[SizeClass]:
             count = layer.nbytes.count(nbytes)
             records[nbytes] = records.get(nbytes, 0) + count
             minimum[nbytes] = max(minimum.get(nbytes, 0), min(layer.top_k, count))
-    return [
-        SizeClass(nbytes, records[nbytes], minimum[nbytes], minimum[nbytes]) for nbytes in sorted(records)
-    ]
+    return [SizeClass(nbytes, records[nbytes], minimum[nbytes], minimum[nbytes]) for nbytes in sorted(records)]
 
 
 def _proportional(classes: Sequence[SizeClass], spare: int) -> list[int]:
@@ -191,9 +184,7 @@ class ExpertTable:
         have."""
         layer, expert = key
         if not (0 <= layer < len(self._class_of) and 0 <= expert < len(self._class_of[layer])):
-            raise ExpertFlowError(
-                f"layer {layer}, expert {expert} is not in this model: it has {self._size_text()}"
-            )
+            raise ExpertFlowError(f"layer {layer}, expert {expert} is not in this model: it has {self._size_text()}")
         return self._class_of[layer][expert]
 
     def place(self, key: Key, in_use: Collection[Key]) -> Placement:

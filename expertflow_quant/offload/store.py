@@ -44,8 +44,7 @@ class ExpertStore:
         same: dict[RecordLayout, RecordLayout] = {}
         self.layouts = [[same.setdefault(each, each) for each in layer.layouts] for layer in source.layers]
         self.layers = [
-            LayerRecords(tuple(layout.nbytes for layout in layer.layouts), layer.top_k)
-            for layer in source.layers
+            LayerRecords(tuple(layout.nbytes for layout in layer.layouts), layer.top_k) for layer in source.layers
         ]
         self.nbytes = sum(sum(layer.nbytes) for layer in self.layers)
         self.pinned = pin

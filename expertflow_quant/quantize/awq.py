@@ -166,9 +166,7 @@ class _Expert:
                 bias[rows] /= down_scale
         rounded_up = quantize_rtn(gate_up, self.format, scales=self.scales)
         rounded_down = quantize_rtn(down, self.format, scales=self.scales)
-        return self._measured(
-            _Trial(ratio, down_ratio, stored, bias, gate_up, down, rounded_up, rounded_down)
-        )
+        return self._measured(_Trial(ratio, down_ratio, stored, bias, gate_up, down, rounded_up, rounded_down))
 
     def clip_gate_up(self, trial: _Trial) -> _Trial:
         scaled = self.inputs * trial.input_scale.float() * self.weights.unsqueeze(-1)
@@ -213,9 +211,7 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
 def _activity(inputs: Tensor, weights: Tensor) -> Tensor:
     """Mean magnitude of every channel ``[I]`` over tokens ``[T, I]``, each counted with its affinity."""
     counted = weights.abs()
-    return (inputs.abs() * counted.unsqueeze(-1)).sum(0) / counted.sum().clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
+    return (inputs.abs() * counted.unsqueeze(-1)).sum(0) / counted.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _scale(activity: Tensor, ratio: float) -> Tensor:
@@ -227,13 +223,11 @@ def _check(gate_up: Tensor, down: Tensor, inputs: Tensor, weights: Tensor, grid:
     hidden, intermediate = down.shape
     if gate_up.shape not in ((2 * intermediate, hidden), (intermediate, hidden)):
         raise ExpertFlowError(
-            f"gate_up {tuple(gate_up.shape)} does not belong to down {tuple(down.shape)}: "
-            "pass [2I or I, H] and [H, I]"
+            f"gate_up {tuple(gate_up.shape)} does not belong to down {tuple(down.shape)}: pass [2I or I, H] and [H, I]"
         )
     if inputs.ndim != 2 or inputs.shape[1] != hidden or weights.shape != inputs.shape[:1]:
         raise ExpertFlowError(
-            f"inputs {tuple(inputs.shape)} with weights {tuple(weights.shape)}: "
-            f"pass [tokens, {hidden}] and [tokens]"
+            f"inputs {tuple(inputs.shape)} with weights {tuple(weights.shape)}: pass [tokens, {hidden}] and [tokens]"
         )
     if grid < 1:
         raise ExpertFlowError(f"a grid of {grid} steps must have at least 1 (20 is usual)")

@@ -18,9 +18,7 @@ STEPS = 20
 TRIED = 10  # ranges shrink to no less than half
 
 
-def clip_search(
-    weight: Tensor, inputs: Tensor, format: Format, scales: ScaleRule = "absmax"
-) -> QuantizedMatrix:
+def clip_search(weight: Tensor, inputs: Tensor, format: Format, scales: ScaleRule = "absmax") -> QuantizedMatrix:
     """Round float32 ``weight [O, I]``, each group clipped to what suits float32 ``inputs [T, I]`` best."""
     rows, columns = weight.shape
     grouped = weight.view(rows, format.groups(columns), -1).transpose(0, 1)  # [G, O, columns per group]

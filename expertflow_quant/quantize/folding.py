@@ -14,9 +14,7 @@ Gate = Callable[[Tensor], Tensor]
 _PROBES = 16  # rows of random pre-activations, from tiny to well beyond where gates clamp
 
 
-def scalable_rows(
-    gate: Gate, rows: int, intermediate: int, device: torch.device | None = None
-) -> slice | None:
+def scalable_rows(gate: Gate, rows: int, intermediate: int, device: torch.device | None = None) -> slice | None:
     """The ``intermediate`` rows of gate_up ``[rows, H]`` whose scale passes through ``gate``, if any do.
 
     Tried: the second half (gate and up one after the other), the odd rows (interleaved), or all rows where

@@ -173,9 +173,7 @@ def _check(weight: Tensor, hessian: Tensor, format: Format, damp: float, block: 
         )
     format.validate_for(columns)
     if not damp > 0:
-        raise ExpertFlowError(
-            f"dampening {damp} must be above 0 (0.01 is usual): few tokens leave H singular"
-        )
+        raise ExpertFlowError(f"dampening {damp} must be above 0 (0.01 is usual): few tokens leave H singular")
     if block < 1:
         raise ExpertFlowError(f"block of {block} columns must be at least 1 (128 is usual)")
     require_finite(weight=weight, hessian=hessian)

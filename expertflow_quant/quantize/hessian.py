@@ -23,8 +23,7 @@ def accumulate_hessian(inputs: Tensor, weights: Tensor) -> Tensor:
     """
     if inputs.ndim != 2 or weights.shape != inputs.shape[:1]:
         raise ExpertFlowError(
-            f"inputs {tuple(inputs.shape)} with weights {tuple(weights.shape)}: "
-            "pass [tokens, features] and [tokens]"
+            f"inputs {tuple(inputs.shape)} with weights {tuple(weights.shape)}: pass [tokens, features] and [tokens]"
         )
     require_finite(inputs=inputs, weights=weights)
     scaled = inputs.to(torch.float32) * weights.to(torch.float32).unsqueeze(-1)

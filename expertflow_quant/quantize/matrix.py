@@ -31,9 +31,7 @@ class QuantizedMatrix:
         self._check("codes", self.codes, (rows, columns), torch.uint8)
         self._check("scales", self.scales, per_group, SCALE_DTYPE)
         if (self.zeros is None) != self.format.symmetric:
-            raise ExpertFlowError(
-                f"{self.format.name} has zeros: {not self.format.symmetric}; pass them accordingly"
-            )
+            raise ExpertFlowError(f"{self.format.name} has zeros: {not self.format.symmetric}; pass them accordingly")
         if self.zeros is not None:
             self._check("zeros", self.zeros, per_group, torch.uint8)
         if self.codes.numel() and int(self.codes.max()) >= self.format.levels:

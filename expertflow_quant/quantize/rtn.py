@@ -16,22 +16,16 @@ def quantize_rtn(weight: Tensor, format: Format, *, scales: ScaleRule = "absmax"
     """
     require_int(format, "rounding")
     if weight.ndim != 2:
-        raise ExpertFlowError(
-            f"weight {tuple(weight.shape)} is not a matrix: pass [out, in], one expert at a time"
-        )
+        raise ExpertFlowError(f"weight {tuple(weight.shape)} is not a matrix: pass [out, in], one expert at a time")
     require_finite(weight=weight)
     rows, columns = weight.shape
     grouped = weight.to(torch.float32).contiguous().view(rows, format.groups(columns), -1)
     group_scales, zeros = fit_grid(grouped, format, scales)
     codes = encode(grouped, group_scales.unsqueeze(-1), zeros.unsqueeze(-1), format)
-    return QuantizedMatrix(
-        codes.view(rows, columns), group_scales, None if format.symmetric else zeros, format
-    )
+    return QuantizedMatrix(codes.view(rows, columns), group_scales, None if format.symmetric else zeros, format)
 
 
 def require_int(format: Format, method: str) -> None:
     """Raises ExpertFlowError for bf16, which no quantizer produces."""
     if not format.is_int:
-        raise ExpertFlowError(
-            f"{method} makes integer codes, not {format.name}: store bf16 weights as they are"
-        )
+        raise ExpertFlowError(f"{method} makes integer codes, not {format.name}: store bf16 weights as they are")

@@ -22,22 +22,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.max_new_tokens, bool)
-            or not isinstance(self.max_new_tokens, int)
-            or self.max_new_tokens < 1
-        ):
-            raise ExpertFlowError(
-                f"max_new_tokens {self.max_new_tokens!r} must be a whole number of at least 1"
-            )
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ExpertFlowError(f"max_new_tokens {self.max_new_tokens!r} must be a whole number of at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ExpertFlowError(f"temperature {self.temperature} must be 0 (greedy) or above")
         if not 0 < self.top_p <= 1:
             raise ExpertFlowError(f"top_p {self.top_p} must be above 0 and at most 1")
         if not all(self.stop):
-            raise ExpertFlowError(
-                f"stop {self.stop!r} holds an empty text, which is everywhere: leave it out"
-            )
+            raise ExpertFlowError(f"stop {self.stop!r} holds an empty text, which is everywhere: leave it out")
 
 
 @dataclass(frozen=True)
@@ -68,18 +60,14 @@ class Answer:
     finish_reason: str
 
 
-def cut_answer(
-    tokenizer: Any, token_ids: Sequence[int], end_ids: frozenset[int], stop: Sequence[str]
-) -> Answer:
+def cut_answer(tokenizer: Any, token_ids: Sequence[int], end_ids: frozenset[int], stop: Sequence[str]) -> Answer:
     """The answer in a row of generated tokens, which may go on with padding after its end."""
     ended = next((i for i, token in enumerate(token_ids) if token in end_ids), None)
     tokens = list(token_ids) if ended is None else list(token_ids[: ended + 1])
     text = decode(tokenizer, tokens)
     if find_stop(text, stop) is None:
         return Answer(text, tuple(tokens), "length" if ended is None else "stop")
-    kept = next(
-        n for n in range(1, len(tokens) + 1) if find_stop(decode(tokenizer, tokens[:n]), stop) is not None
-    )
+    kept = next(n for n in range(1, len(tokens) + 1) if find_stop(decode(tokenizer, tokens[:n]), stop) is not None)
     text = decode(tokenizer, tokens[:kept])
     return Answer(text[: find_stop(text, stop)], tuple(tokens[:kept]), "stop")
 
@@ -138,10 +126,6 @@ class TextEmitter:
         """Length of the longest end of the text that could begin a stop text."""
         lengths = range(max(map(len, self._stop), default=1) - 1, 0, -1)
         return next(
-            (
-                n
-                for n in lengths
-                if any(stop.startswith(self._text[-n:]) and len(stop) > n for stop in self._stop)
-            ),
+            (n for n in lengths if any(stop.startswith(self._text[-n:]) and len(stop) > n for stop in self._stop)),
             0,
         )

@@ -51,9 +51,7 @@ class Engine:
         self._encoding = threading.Lock()
 
     @classmethod
-    def from_plain(
-        cls, path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = None
-    ) -> "Engine":
+    def from_plain(cls, path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = None) -> "Engine":
         """An ordinary transformers folder, dense or Mixture-of-Experts: see ``loading.load_plain``."""
         from expertflow_quant.runtime.loading import load_plain
 

@@ -40,9 +40,7 @@ def load(
     config = read_config(folder)
     saved = getattr(config, "quantization_config", None)
     if not isinstance(saved, dict) or saved.get("quant_method") != ExpertFlowConfig().quant_method:
-        raise ExpertFlowError(
-            f"{folder}/config.json names no quantization_config of ours: restore or quantize again"
-        )
+        raise ExpertFlowError(f"{folder}/config.json names no quantization_config of ours: restore or quantize again")
     config.quantization_config = {**saved, "expert_memory": expert_memory, "verify": verify}
     return _engine(folder, config, device, dtype)
 
@@ -73,6 +71,8 @@ def _checked_device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError:
         raise ExpertFlowError(f"device {device!r} is not known: use cpu, cuda or cuda:N") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ExpertFlowError(f"device {device!r} is not supported: use cpu, cuda or cuda:N")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ExpertFlowError(
             f"device {device!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()}: "

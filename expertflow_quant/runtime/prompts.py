@@ -82,9 +82,7 @@ class PromptEncoder:
         content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, Sequence):
-            raise PromptError(
-                f"content {str(content)[:80]!r} is not understood: give text or a list of parts"
-            )
+            raise PromptError(f"content {str(content)[:80]!r} is not understood: give text or a list of parts")
         for part in parts:
             self._check_part(part)
         if self._reads_images and not isinstance(content, str):

@@ -22,7 +22,7 @@ from expertflow_quant.checkpoint.manifest import LayerEntry
 from expertflow_quant.checkpoint.reader import CheckpointReader
 from expertflow_quant.checkpoint.writer import BACKBONE_FILE, BACKBONE_INDEX
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.models.seams import expert_modules, expert_parameters, expert_shape
+from expertflow_quant.models.seams import expert_modules, expert_parameters, expert_shape, top_k
 from expertflow_quant.offload.budget import parse_budget
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.slots import plan_slots
@@ -157,9 +157,7 @@ def _matching_modules(model: Any, layers: list[LayerEntry]) -> list[Any]:
     """
     found = dict(expert_modules(model))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names = [
-        name if name in found else name.removeprefix(prefix) for name in (entry.module for entry in layers)
-    ]
+    names = [name if name in found else name.removeprefix(prefix) for name in (entry.module for entry in layers)]
     if set(names) != set(found):
         odd = sorted(set(names) ^ set(found))
         raise ExpertFlowError(
@@ -168,6 +166,11 @@ def _matching_modules(model: Any, layers: list[LayerEntry]) -> list[Any]:
         )
     for name, entry in zip(names, layers, strict=True):
         _check_sizes(name, found[name], entry)
+        if (routed := top_k(model, name)) != entry.top_k:
+            raise ExpertFlowError(
+                f"{name} routes a token to {routed} experts by config.json, to {entry.top_k} by the manifest: "
+                "restore config.json or quantize again"
+            )
     return [found[name] for name in names]
 
 

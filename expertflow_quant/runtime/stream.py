@@ -52,9 +52,7 @@ class Cancellable(StoppingCriteria):
         self.event = threading.Event()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full(
-            (input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device
-        )
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 class TokenStream(Iterator[str]):
@@ -122,9 +120,7 @@ class TokenStream(Iterator[str]):
         self.last = self._conclude(self._tokens)
 
 
-def _run(
-    generate: Callable[[TokenQueue, Cancellable], None], tokens: TokenQueue, cancellable: Cancellable
-) -> None:
+def _run(generate: Callable[[TokenQueue, Cancellable], None], tokens: TokenQueue, cancellable: Cancellable) -> None:
     error: BaseException | None = None
     try:
         generate(tokens, cancellable)

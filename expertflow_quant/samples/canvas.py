@@ -19,9 +19,7 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     if name == "Aileron":
         font = ImageFont.load_default(size)
         if not isinstance(font, ImageFont.FreeTypeFont):
-            raise RuntimeError(
-                "Pillow was built without FreeType: the samples cannot be drawn; install a Pillow wheel"
-            )
+            raise RuntimeError("Pillow was built without FreeType: the samples cannot be drawn; install a Pillow wheel")
         return font
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
@@ -92,7 +90,5 @@ class Canvas:
         left = round(x - {"l": 0.0, "m": mask.width / 2, "r": float(mask.width)}[anchor])
         top = round(y)
         self.image.paste(fill, (left, top), mask)
-        self.runs.append(
-            TextRun(text, tuple(left + c for c in centres), top + height / 2, row, column, color)
-        )
+        self.runs.append(TextRun(text, tuple(left + c for c in centres), top + height / 2, row, column, color))
         return mask.width

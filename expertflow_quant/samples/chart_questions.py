@@ -41,9 +41,7 @@ def ask_simple(rng: random.Random, table: Table, family: str) -> list[Question]:
     asked.append(Question("count", f"How many {MARK[family]}s are shown in the chart?", (str(len(names)),)))
     if table.colors:
         for i in rng.sample(rows, 2):
-            asked.append(
-                Question("color", f"What color is the {names[i]} {MARK[family]}?", (table.colors[i],))
-            )
+            asked.append(Question("color", f"What color is the {names[i]} {MARK[family]}?", (table.colors[i],)))
             asked.append(Question("name", f"Which {table.noun} is shown in {table.colors[i]}?", (names[i],)))
     for _ in range(2):
         i, j = rng.sample(rows, 2)
@@ -54,9 +52,7 @@ def ask_simple(rng: random.Random, table: Table, family: str) -> list[Question]:
         asked.append(Question("sum", f"What is the sum of {names[i]} and {names[j]}?", (total,)))
         i, j = rng.sample(rows, 2)
         gap = as_printed(abs(table.number(i) - table.number(j)))
-        asked.append(
-            Question("difference", f"What is the difference between {names[i]} and {names[j]}?", (gap,))
-        )
+        asked.append(Question("difference", f"What is the difference between {names[i]} and {names[j]}?", (gap,)))
     return asked
 
 
@@ -95,9 +91,7 @@ def ask_series(rng: random.Random, table: Table) -> list[Question]:
     if table.values[i][0] != table.values[i][1]:
         verdict = "Yes" if table.number(i, a) > table.number(i, b) else "No"
         asked.append(Question("compare", f"Is {series[a]} more than {series[b]} in {names[i]}?", (verdict,)))
-    asked.append(
-        Question("count", f"How many {plural(table.noun)} are shown in the chart?", (str(len(names)),))
-    )
+    asked.append(Question("count", f"How many {plural(table.noun)} are shown in the chart?", (str(len(names)),)))
     return asked
 
 

@@ -80,9 +80,7 @@ def axes(canvas: Canvas, style: Style, box: Box) -> None:
     canvas.draw.line([(x0, y0), (x0, y1), (x1, y1)], fill=style.ink)
 
 
-def legend(
-    canvas: Canvas, style: Style, y: float, names: list[str], hues: list[str], colors: list[Color]
-) -> None:
+def legend(canvas: Canvas, style: Style, y: float, names: list[str], hues: list[str], colors: list[Color]) -> None:
     """Names with their colours on one line, centred."""
     widths = [canvas.width(name, style.size) + 18 for name in names]
     x = (SIZE - sum(widths)) / 2
@@ -119,12 +117,8 @@ def draw_bars(rng: random.Random, canvas: Canvas, style: Style, top: float) -> T
             y = top + slot * i
             end = left + (box[2] - left) * float(values[i]) / high
             rectangle(canvas, style, (left, y + slot * 0.2, end, y + slot * 0.8), fills[i])
-            canvas.text(
-                left - 4, y + slot / 2 - 7, name, style.size, anchor="r", fill=style.ink, color=colors[i]
-            )
-            canvas.text(
-                end + 3, y + slot / 2 - 7, values[i], style.size, fill=style.ink, row=name, color=colors[i]
-            )
+            canvas.text(left - 4, y + slot / 2 - 7, name, style.size, anchor="r", fill=style.ink, color=colors[i])
+            canvas.text(end + 3, y + slot / 2 - 7, values[i], style.size, fill=style.ink, row=name, color=colors[i])
     else:
         box = (8.0, top + 14, SIZE - 6.0, SIZE - 20.0)
         axes(canvas, style, box)
@@ -144,9 +138,7 @@ def draw_bars(rng: random.Random, canvas: Canvas, style: Style, top: float) -> T
                 row=name,
                 color=colors[i],
             )
-            canvas.text(
-                x + slot / 2, box[3] + 2, name, style.size, anchor="m", fill=style.ink, color=colors[i]
-            )
+            canvas.text(x + slot / 2, box[3] + 2, name, style.size, anchor="m", fill=style.ink, color=colors[i])
     return Table(noun, names, [], [[v] for v in values], [] if one_color else colors)
 
 
@@ -194,9 +186,7 @@ def draw_pie(rng: random.Random, canvas: Canvas, style: Style, top: float) -> Ta
     labels = []
     for part, fill in zip(parts, fills, strict=True):
         sweep = 360 * part / 100
-        canvas.draw.pieslice(
-            bounds, angle, angle + sweep, fill=fill, outline=style.ink if style.outline else fill
-        )
+        canvas.draw.pieslice(bounds, angle, angle + sweep, fill=fill, outline=style.ink if style.outline else fill)
         middle = math.radians(angle + sweep / 2)
         labels.append((centre[0] + 30 * math.cos(middle), centre[1] + 30 * math.sin(middle)))
         angle += sweep

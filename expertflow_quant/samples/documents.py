@@ -195,8 +195,7 @@ def draw_receipt(rng: random.Random, canvas: Canvas, title: str) -> list[Questio
     canvas.text(8, y + 18, "Paid by", size)
     canvas.text(SIZE - 8, y + 18, means, size, anchor="r", row="Paid")
     asked = [
-        Question("price", f"What is the price of {name}?", (money(p),))
-        for name, p in zip(goods, prices, strict=True)
+        Question("price", f"What is the price of {name}?", (money(p),)) for name, p in zip(goods, prices, strict=True)
     ]
     return [
         *asked,
@@ -209,9 +208,7 @@ def draw_receipt(rng: random.Random, canvas: Canvas, title: str) -> list[Questio
     ]
 
 
-FAMILIES: dict[
-    str, tuple[Callable[[random.Random], str], Callable[[random.Random, Canvas, str], list[Question]]]
-] = {
+FAMILIES: dict[str, tuple[Callable[[random.Random], str], Callable[[random.Random, Canvas, str], list[Question]]]] = {
     "form": (words.form_title, draw_form),
     "invoice": (words.company, draw_invoice),
     "letter": (words.company, draw_letter),

@@ -73,9 +73,7 @@ def _items(task: str, split: str, seed: int, per_image: int) -> Iterator[Item]:
         for i, kind in enumerate(kinds):
             asked = rng.choice(by_kind[kind])
             name = f"{task}-{split}-{seed}-{number:05d}-{i}"
-            yield Item(
-                name, task, kind, sheet.family, split, image, key, asked.text, asked.answers, sheet.title
-            )
+            yield Item(name, task, kind, sheet.family, split, image, key, asked.text, asked.answers, sheet.title)
         number += 1
 
 

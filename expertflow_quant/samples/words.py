@@ -44,12 +44,8 @@ TOPICS = (
     "Points Members Goals Crops"
 ).split()
 SCOPES = "Annual Monthly Weekly Total Average Public Private Global Local Urban Rural Rising".split()
-COMPANIES = (
-    "Acme Nova Orion Delta Apex Lumen Vertex Summit Harbor Cedar Maple Falcon Atlas Comet Ridge Polar".split()
-)
-BUSINESSES = (
-    "Foods Market Motors Books Travel Energy Design Supply Trading Hotels Garden Sports Music Tools".split()
-)
+COMPANIES = "Acme Nova Orion Delta Apex Lumen Vertex Summit Harbor Cedar Maple Falcon Atlas Comet Ridge Polar".split()
+BUSINESSES = "Foods Market Motors Books Travel Energy Design Supply Trading Hotels Garden Sports Music Tools".split()
 FORMS = "Library Hotel Travel School Medical Parking Gym Museum Visa Rental Job Club Tax Loan".split()
 FORM_NOUNS = "Form Card Application Request Record Permit Report Sheet".split()
 SUBJECTS = (

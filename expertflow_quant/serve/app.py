@@ -53,9 +53,7 @@ def _add_model_routes(app: FastAPI, model_name: str, created: int) -> None:
         return model_card(model_name, created)
 
 
-def _add_state_routes(
-    app: FastAPI, queue: RequestQueue, metrics: Metrics, model_name: str, limits: Limits
-) -> None:
+def _add_state_routes(app: FastAPI, queue: RequestQueue, metrics: Metrics, model_name: str, limits: Limits) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         state = {

@@ -46,9 +46,7 @@ def curl_example(name: str, address: str) -> str:
     body = {"model": name, "max_tokens": 32, "messages": [{"role": "user", "content": parts}]}
     text = re.sub(r"([\\\\$`])", r"\\\1", json.dumps(body))
     text = text.replace("IMAGE", "data:image/png;base64,$(base64 < chart.png | tr -d '\\n')")
-    return (
-        f"curl -s {address}/chat/completions -H 'content-type: application/json' -d @- <<JSON\n{text}\nJSON"
-    )
+    return f"curl -s {address}/chat/completions -H 'content-type: application/json' -d @- <<JSON\n{text}\nJSON"
 
 
 def _top_k(manifest: Manifest) -> str:

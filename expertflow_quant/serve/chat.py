@@ -93,9 +93,7 @@ class Chat:
 class _Answer:
     """The events of one job, read once. Whoever stops reading, for whatever reason, has left."""
 
-    def __init__(
-        self, job: Job, events: "asyncio.Queue[Event]", metrics: Metrics, leave: Callable[[], None]
-    ) -> None:
+    def __init__(self, job: Job, events: "asyncio.Queue[Event]", metrics: Metrics, leave: Callable[[], None]) -> None:
         self._job, self._events, self._metrics, self._leave = job, events, metrics, leave
 
     async def whole(self) -> tuple[str, Done]:

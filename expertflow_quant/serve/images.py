@@ -28,9 +28,7 @@ def decode_images(urls: list[str], limits: Limits) -> list[Image.Image]:
         pixels += image.width * image.height
         opened.append(image)
     if pixels > limits.max_request_pixels:
-        raise _refused(
-            f"together the images have {pixels} pixels; at most {limits.max_request_pixels} are read"
-        )
+        raise _refused(f"together the images have {pixels} pixels; at most {limits.max_request_pixels} are read")
     return [_rgb(image, number) for number, image in enumerate(opened)]
 
 
@@ -38,9 +36,7 @@ def _payload(url: str, number: int) -> bytes:
     head = _HEAD.match(url[:512])
     if head is None:
         kind = "a web address" if re.match(r"(?i)https?:", url) else "not a data URL of an image"
-        raise _refused(
-            f"image {number}: {_short(url)} is {kind}; nothing is fetched or opened here: {_EXAMPLE}"
-        )
+        raise _refused(f"image {number}: {_short(url)} is {kind}; nothing is fetched or opened here: {_EXAMPLE}")
     if head.group(3) is None:
         raise _refused(f"image {number}: the data URL is not base64: {_EXAMPLE}")
     try:
@@ -58,9 +54,7 @@ def _open(data: bytes, number: int, limits: Limits) -> Image.Image:
         raise _refused(f"image {number}: its {len(data)} bytes are no {known}: {_reason(error)}") from None
     width, height = image.size
     if width * height > limits.max_image_pixels:
-        raise _refused(
-            f"image {number} is {width}x{height}; at most {limits.max_image_pixels} pixels are read: shrink"
-        )
+        raise _refused(f"image {number} is {width}x{height}; at most {limits.max_image_pixels} pixels are read: shrink")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise _refused(f"image {number} is {width}x{height}; sides may differ {MAX_ASPECT} times: crop it")
     if animated:

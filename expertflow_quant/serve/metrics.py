@@ -25,9 +25,7 @@ class Metrics:
         self._requests = Counter(
             "expertflow_requests", "Chat requests, by how they ended.", ["outcome"], registry=registry
         )
-        self._prompt = Counter(
-            "expertflow_prompt_tokens", "Tokens read, image tokens included.", registry=registry
-        )
+        self._prompt = Counter("expertflow_prompt_tokens", "Tokens read, image tokens included.", registry=registry)
         self._image = Counter("expertflow_image_tokens", "Image tokens read.", registry=registry)
         self._completion = Counter("expertflow_completion_tokens", "Tokens generated.", registry=registry)
         self._seconds = Histogram(
@@ -42,9 +40,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
-        queue = Gauge(
-            "expertflow_queue_length", "Requests that wait; not the one in work.", registry=registry
-        )
+        queue = Gauge("expertflow_queue_length", "Requests that wait; not the one in work.", registry=registry)
         queue.set_function(waiting)
         registry.register(_CacheCollector(stats))
 

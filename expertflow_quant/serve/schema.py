@@ -109,9 +109,7 @@ class Message(_Model):
     @model_validator(mode="after")
     def _images_from_users(self) -> "Message":
         if self.role != "user" and any(part.type == "image_url" for part in self.content):
-            raise _error(
-                "a message of role '{role}' holds an image: put it into a 'user' message", role=self.role
-            )
+            raise _error("a message of role '{role}' holds an image: put it into a 'user' message", role=self.role)
         return self
 
 

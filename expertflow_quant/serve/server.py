@@ -1,4 +1,4 @@
-"""A bound socket first, then a server on it: a port that is taken is known before a model is loaded."""
+"""A listening socket first, then a server on it: a port that is taken is known before a model is loaded."""
 
 import contextlib
 import socket
@@ -13,8 +13,8 @@ STOP_SECONDS = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to ``host``:``port``; port 0 takes any free one. ExpertFlowError when it cannot be
-    had."""
+    """A socket that listens on ``host``:``port``; port 0 takes any free one. Who connects before the server
+    runs is answered then. ExpertFlowError when the port cannot be had."""
     if not 0 <= port <= 65535:
         raise ExpertFlowError(f"port {port} is not between 0 and 65535: choose another with --port")
     try:
@@ -24,6 +24,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # until somebody listens, another process may bind the same port too
     except OSError as error:
         raise ExpertFlowError(
             f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --host or --port; "

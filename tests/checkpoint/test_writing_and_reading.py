@@ -83,9 +83,7 @@ def test_the_files_are_ordinary_safetensors(tmp_path: Path) -> None:
         assert torch.equal(value, BACKBONE[name])
         assert value.dtype == BACKBONE[name].dtype
     records = load_file(tmp_path / "experts/layer-00001.safetensors")
-    assert list(read_header(tmp_path / "experts/layer-00001.safetensors")) == [
-        f"expert.{e}" for e in range(12)
-    ]
+    assert list(read_header(tmp_path / "experts/layer-00001.safetensors")) == [f"expert.{e}" for e in range(12)]
     assert torch.equal(records["expert.11"], make_experts(1)[11][1])
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
@@ -125,15 +123,11 @@ def test_a_missing_or_short_file_is_named_on_opening(tmp_path: Path) -> None:
     write(tmp_path)
     victim = tmp_path / "experts" / "layer-00001.safetensors"
     damage(victim, None)
-    with pytest.raises(
-        CheckpointError, match=r"layer-00001\.safetensors has \d+ bytes, the manifest says \d+"
-    ):
+    with pytest.raises(CheckpointError, match=r"layer-00001\.safetensors has \d+ bytes, the manifest says \d+"):
         CheckpointReader(tmp_path)
     victim.unlink()
     (tmp_path / "config.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"config\.json is missing; .*layer-00001\.safetensors is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing; .*layer-00001\.safetensors is missing"):
         CheckpointReader(tmp_path)
 
 
@@ -167,6 +161,7 @@ def edit(folder: Path, change: Any) -> None:
         (lambda m: m["layers"][0]["experts"][3].update(coverage="guessed"), "guessed"),
         (lambda m: m["layers"][0].update(file="../outside.safetensors"), "refused"),
         (lambda m: m["layers"][0].update(file="/etc/passwd"), "refused"),
+        (lambda m: m["layers"].reverse(), "layer 0 names the file experts/layer-0000"),
         (lambda m: m["backbone"][0].update(file="a/../../b"), "refused"),
         (lambda m: m["files"][0].update(file="..\\config.json"), "refused"),
         (lambda m: m["files"][0].update(file=""), "refused"),
@@ -207,9 +202,7 @@ def test_records_where_the_manifest_does_not_expect_them(tmp_path: Path) -> None
         reader.verify(full=True)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x08\0\0\0\0\0\0\0notjson!", b"\xff" * 64, b"\2\0\0\0\0\0\0\0{}extra"]
-)
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0notjson!", b"\xff" * 64, b"\2\0\0\0\0\0\0\0{}extra"])
 def test_a_file_that_is_no_safetensors(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)

@@ -84,6 +84,7 @@ def test_a_plan_file(model: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "OUT", "--format", "int4-g16", "--samples", "gone"], "neither a folder"),
         (["quantize", "MODEL", "OUT", "--format", "int4-g16", "--scales", "median"], "'median' is not known"),
         (["quantize", "MODEL", "OUT", "--format", "int4-g16", "--device", "abacus"], "'abacus' is not known"),
+        (["quantize", "MODEL", "OUT", "--format", "int4-g16", "--device", "mps"], "'mps' is not supported"),
         (["quantize", "MODEL", "OUT", "--format", "int4-g32"], "does not divide 48"),
         (["quantize", "gone", "OUT"], "holds no config.json"),
         (["quantize", "MODEL", "MODEL", "--method", "rtn", "--format", "bf16"], "not a checkpoint's"),

@@ -80,9 +80,7 @@ def test_fields_are_as_agreed(layout: RecordLayout) -> None:
             assert layout.fields[f"{name}.codes"].shape == (out, columns * format.bits // 8)
             assert layout.fields[f"{name}.scales"].shape == (out, groups)
             assert layout.fields[f"{name}.scales"].dtype == torch.float16
-            expected |= {f"{name}.codes", f"{name}.scales"} | (
-                set() if format.symmetric else {f"{name}.zeros"}
-            )
+            expected |= {f"{name}.codes", f"{name}.scales"} | (set() if format.symmetric else {f"{name}.zeros"})
         else:
             assert layout.fields[f"{name}.weight"].dtype == torch.bfloat16
             expected |= {f"{name}.weight"}
@@ -143,9 +141,7 @@ def test_views_refuse_what_is_not_a_record() -> None:
         buffer[: LAYOUT.nbytes].view(torch.int8),
         buffer[:0],
     ):
-        with pytest.raises(
-            ExpertFlowError, match=f"a record of int4-g8 is {LAYOUT.nbytes} uint8 in one piece"
-        ):
+        with pytest.raises(ExpertFlowError, match=f"a record of int4-g8 is {LAYOUT.nbytes} uint8 in one piece"):
             LAYOUT.views(wrong)
     with pytest.raises(ExpertFlowError, match=r"starts at byte 8 .* multiple of 16"):
         LAYOUT.views(buffer[8 : 8 + LAYOUT.nbytes])

@@ -217,12 +217,9 @@ def _record(module: Any, expert: int, format: Format, input_scale: bool) -> tupl
 def _weights(module: Any, expert: int) -> dict[str, Tensor]:
     """One expert's matrices ``[out, in]`` and biases, float32."""
     found = {
-        key: module.get_parameter(name).detach()[expert].float()
-        for key, name in expert_parameters(module).items()
+        key: module.get_parameter(name).detach()[expert].float() for key, name in expert_parameters(module).items()
     }
-    return {
-        key: value.T if value.ndim == 2 and module.is_transposed else value for key, value in found.items()
-    }
+    return {key: value.T if value.ndim == 2 and module.is_transposed else value for key, value in found.items()}
 
 
 def _scale(weight: Tensor) -> Tensor:

@@ -83,8 +83,7 @@ def test_product_scales_the_activation_and_adds_biases(name: str) -> None:
     weights = expert_weights(layout.views(layout.pack(fields)), layout, torch.float32)
     hidden = torch.randn(5, SHAPE.hidden, generator=torch.Generator().manual_seed(1))
     inner = silu_gate(
-        (hidden * fields["gate_up.input_scale"].float()) @ expected["gate_up"].T
-        + fields["gate_up.bias"].float()
+        (hidden * fields["gate_up.input_scale"].float()) @ expected["gate_up"].T + fields["gate_up.bias"].float()
     )
     want = inner @ expected["down"].T + fields["down.bias"].float()
     torch.testing.assert_close(expert_product(hidden, weights, silu_gate), want, rtol=1e-5, atol=1e-3)

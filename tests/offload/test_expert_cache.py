@@ -55,10 +55,7 @@ def reader(layers=2, experts=6, formats=FORMATS, top_k=2):
     return FakeReader(
         [
             FakeLayer(
-                [
-                    RecordLayout(SHAPE, Format.parse(formats[(layer + e) % len(formats)]))
-                    for e in range(experts)
-                ],
+                [RecordLayout(SHAPE, Format.parse(formats[(layer + e) % len(formats)])) for e in range(experts)],
                 top_k,
             )
             for layer in range(layers)
@@ -108,9 +105,7 @@ def test_views_are_the_fields_of_the_record_over_the_slot():
         expected = layout.views(source.records[layer, expert])
         assert list(views) == list(layout.fields)
         for name, view in views.items():
-            assert (
-                view.untyped_storage().data_ptr() == cache.finish(layer, expert).untyped_storage().data_ptr()
-            )
+            assert view.untyped_storage().data_ptr() == cache.finish(layer, expert).untyped_storage().data_ptr()
             assert torch.equal(view.view(torch.uint8), expected[name].view(torch.uint8))
 
 
@@ -193,9 +188,7 @@ def test_the_host_reads_each_record_once():
 
 @pytest.mark.cuda
 @settings(max_examples=20, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 5), min_size=1, unique=True)), max_size=20)
-)
+@given(st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 5), min_size=1, unique=True)), max_size=20))
 def test_on_a_gpu_the_computation_sees_every_record_whole(passes):
     source = reader()
     cache = cache_of(source, 0.3, "cuda")

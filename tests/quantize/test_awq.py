@@ -234,9 +234,7 @@ def test_reported_error_is_that_of_the_packed_record() -> None:
     want = silu_gate(inputs @ gate_up.T) @ down.T
     change = (as_run(result, silu_gate, inputs) - want) * weights.unsqueeze(-1)
     assert result.down_ratio > 0
-    assert float(change.norm() / (want * weights.unsqueeze(-1)).norm()) == pytest.approx(
-        result.error, rel=1e-4
-    )
+    assert float(change.norm() / (want * weights.unsqueeze(-1)).norm()) == pytest.approx(result.error, rel=1e-4)
 
 
 def test_rounding_error_is_that_of_plain_rounding() -> None:
@@ -279,9 +277,7 @@ def test_a_gate_that_is_not_linear_in_up_is_not_folded() -> None:
     assert result.ratio > 0
     want = clamped_gate(inputs @ gate_up.T) @ down.T
     change = (as_run(result, clamped_gate, inputs) - want) * weights.unsqueeze(-1)
-    assert float(change.norm() / (want * weights.unsqueeze(-1)).norm()) == pytest.approx(
-        result.error, rel=1e-4
-    )
+    assert float(change.norm() / (want * weights.unsqueeze(-1)).norm()) == pytest.approx(result.error, rel=1e-4)
 
 
 def test_options_switch_folding_and_clipping_off() -> None:

@@ -11,10 +11,7 @@ SHAPE = ExpertShape(hidden=32, intermediate=24)
 UP = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
 DOWN = torch.randn(32, 24, generator=torch.Generator().manual_seed(1))
 FORMATS = [
-    Format("int", bits, group, symmetric)
-    for bits in INT_BITS
-    for group in (8, 0)
-    for symmetric in (True, False)
+    Format("int", bits, group, symmetric) for bits in INT_BITS for group in (8, 0) for symmetric in (True, False)
 ]
 
 
@@ -44,9 +41,7 @@ def test_bf16_and_biases() -> None:
 def test_parts_of_another_format_are_refused() -> None:
     layout = RecordLayout(SHAPE, Format.parse("int4-g8"))
     up, down = quantize_rtn(UP, layout.format), quantize_rtn(DOWN, layout.format)
-    with pytest.raises(
-        ExpertFlowError, match="gate_up is a tensor, but this record is int4-g8: quantize it first"
-    ):
+    with pytest.raises(ExpertFlowError, match="gate_up is a tensor, but this record is int4-g8: quantize it first"):
         expert_fields(layout, UP, down)
     with pytest.raises(ExpertFlowError, match="down is int2-g8, but this record is int4-g8"):
         expert_fields(layout, up, quantize_rtn(DOWN, Format.parse("int2-g8")))

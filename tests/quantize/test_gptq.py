@@ -28,9 +28,7 @@ Rows = list[list[float]]
 def correlated(tokens: int, columns: int, seed: int = 0) -> Tensor:
     """Inputs whose columns are mixed and of different sizes, as activations are."""
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(tokens, columns, generator=generator) @ torch.randn(
-        columns, columns, generator=generator
-    )
+    mixed = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     return mixed * torch.exp(torch.randn(columns, generator=generator)) / columns**0.5
 
 
@@ -115,9 +113,7 @@ def slow_gptq(
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(
-    "name", ["int2-g8", "int3-g8-asym", "int4-g16", "int4-channel", "int4-g24-asym", "int8-g8"]
-)
+@pytest.mark.parametrize("name", ["int2-g8", "int3-g8-asym", "int4-g16", "int4-channel", "int4-g24-asym", "int8-g8"])
 def test_codes_equal_the_slow_implementation(name: str, act_order: bool) -> None:
     format = Format.parse(name)
     weight, hessian = case(rows=5, columns=48, tokens=64)
@@ -242,9 +238,7 @@ def test_shrinking_helps_rare_experts_on_tokens_they_have_not_seen(tokens: int) 
 
     def hessian_of(count: int) -> Tensor:
         own = 0.7 * torch.randn(count, columns, generator=generator)
-        return accumulate_hessian(
-            torch.randn(count, columns, generator=generator) @ mix + own, torch.ones(count)
-        )
+        return accumulate_hessian(torch.randn(count, columns, generator=generator) @ mix + own, torch.ones(count))
 
     seen, unseen = hessian_of(tokens), hessian_of(4000)
     bare = output_error(weight, one(weight, seen, format).dequantize(), unseen)

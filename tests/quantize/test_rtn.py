@@ -10,9 +10,7 @@ from torch import Tensor
 from expertflow_quant.formats import BF16, INT_BITS, ExpertFlowError, Format
 from expertflow_quant.quantize import QuantizedMatrix, quantize_rtn
 
-NAMES = [
-    f"int{bits}-{group}{end}" for bits in INT_BITS for group in ("g8", "channel") for end in ("", "-asym")
-]
+NAMES = [f"int{bits}-{group}{end}" for bits in INT_BITS for group in ("g8", "channel") for end in ("", "-asym")]
 
 
 def weights(rows: int = 6, columns: int = 24, seed: int = 0) -> Tensor:
@@ -52,9 +50,7 @@ def test_no_weight_is_off_by_more_than_half_its_scale(name: str, seed: int, size
     got = quantize_rtn(weight, format)
     scale = got.scales.float().repeat_interleave(format.columns_per_group(24), dim=1)
     # the stored fp16 scale may be this much too small, and an asymmetric zero is itself rounded to a level
-    slack = torch.clamp(scale * 2.0**-11, min=2.0**-25) * format.levels + (
-        0 if format.symmetric else scale / 2
-    )
+    slack = torch.clamp(scale * 2.0**-11, min=2.0**-25) * format.levels + (0 if format.symmetric else scale / 2)
     assert bool(((got.dequantize() - weight).abs() <= scale / 2 + 1.01 * slack).all())
 
 

@@ -41,9 +41,7 @@ def engine(folders):
 
 
 def picture(seed=0):
-    values = torch.randint(
-        0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
+    values = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(values.numpy())
 
 
@@ -250,9 +248,7 @@ def test_messages_that_are_not_understood_are_refused(engine, conversation, part
 
 def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(engine):
     long = asked("x" * 220, picture())
-    with pytest.raises(
-        PromptError, match=r"257 tokens \(16 of them image\) and 32 new ones .* context of 256"
-    ):
+    with pytest.raises(PromptError, match=r"257 tokens \(16 of them image\) and 32 new ones .* context of 256"):
         engine.generate([asked(), long])
     short = asked("x" * 200)
     with pytest.raises(PromptError, match="ask for at most 37"):
@@ -304,6 +300,8 @@ def test_loading_refuses_before_anything_is_generated(folders, tmp_path):
         expertflow_quant.load(folders / "checkpoint", expert_memory="plenty")
     with pytest.raises(ExpertFlowError, match="device 'abacus' is not known"):
         expertflow_quant.load(folders / "checkpoint", device="abacus")
+    with pytest.raises(ExpertFlowError, match="device 'mps' is not supported"):
+        expertflow_quant.load(folders / "checkpoint", device="mps")
     with pytest.raises(ExpertFlowError, match="device 'cuda:77' is not there"):
         expertflow_quant.load(folders / "checkpoint", device="cuda:77")
     shutil.copytree(folders / "checkpoint", tmp_path / "copy")

@@ -97,9 +97,7 @@ def test_tokens_are_the_same_at_any_budget(family, mixed_checkpoints):
 
 @pytest.mark.parametrize("format", ["int4-g16", "int8-g16", "int2-g16"])
 def test_a_quarter_of_the_experts_gives_the_same_tokens(format, tmp_path):
-    folder = tiny.write_checkpoint(
-        tiny.tiny_model("qwen3_vl_moe"), tmp_path / "q", lambda layer, expert: format
-    )
+    folder = tiny.write_checkpoint(tiny.tiny_model("qwen3_vl_moe"), tmp_path / "q", lambda layer, expert: format)
     inputs = tiny.model_inputs("qwen3_vl_moe", rows=4)
     full, quarter = opened("qwen3_vl_moe", folder), opened("qwen3_vl_moe", folder, expert_memory="25%")
     assert quarter.expert_cache.device_bytes * 4 == full.expert_cache.device_bytes
@@ -123,9 +121,7 @@ def test_an_input_scale_multiplies_the_activation(family, tmp_path):
     folder = tiny.write_checkpoint(model, tmp_path / "q", mixed, input_scale=True)
     twin, inputs = tiny.dequantized(model, mixed, input_scale=True), tiny.model_inputs(family)
     with torch.no_grad():
-        torch.testing.assert_close(
-            opened(family, folder)(**inputs).logits, twin(**inputs).logits, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(opened(family, folder)(**inputs).logits, twin(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_are_never_weights_of_the_model(mixed_checkpoints):
@@ -201,18 +197,14 @@ def test_quantizing_while_loading_is_refused(tmp_path):
 
 def test_a_budget_below_the_minimum_is_refused_while_loading(mixed_checkpoints):
     _, folder = mixed_checkpoints("qwen3_moe")
-    with pytest.raises(
-        BudgetError, match=r"expert memory 4\.0 KiB holds 0 experts.*raise --expert-memory to"
-    ):
+    with pytest.raises(BudgetError, match=r"expert memory 4\.0 KiB holds 0 experts.*raise --expert-memory to"):
         opened("qwen3_moe", folder, expert_memory="4 KiB")
 
 
 def test_several_devices_are_refused(mixed_checkpoints):
     _, folder = mixed_checkpoints("qwen3_moe")
     with pytest.raises(ExpertFlowError, match="share one cache on one device"):
-        transformers.AutoModelForCausalLM.from_pretrained(
-            folder, device_map={"model": "cpu", "lm_head": "disk"}
-        )
+        transformers.AutoModelForCausalLM.from_pretrained(folder, device_map={"model": "cpu", "lm_head": "disk"})
 
 
 @pytest.mark.parametrize("file", ["experts/layer-00001.safetensors", "backbone.safetensors", "config.json"])
@@ -261,11 +253,15 @@ def test_a_copied_model_shares_the_experts(mixed_checkpoints):
     assert torch.equal(tokens(twin, inputs), tokens(model, inputs))
 
 
-@pytest.mark.parametrize("change", ["narrower", "shorter"])
+@pytest.mark.parametrize("change", ["narrower", "shorter", "fewer"])
 def test_a_config_of_another_model_is_refused(change, tmp_path):
     model = tiny.tiny_model("qwen3_moe")
-    override = {"moe_intermediate_size": 32} if change == "narrower" else {"num_hidden_layers": 1}
-    folder = tiny.write_checkpoint(model, tmp_path / "q", mixed, config=override)
+    overrides = {
+        "narrower": {"moe_intermediate_size": 32},
+        "shorter": {"num_hidden_layers": 1},
+        "fewer": {"num_experts_per_tok": 1},
+    }
+    folder = tiny.write_checkpoint(model, tmp_path / "q", mixed, config=overrides[change])
     with pytest.raises(ExpertFlowError, match=r"restore config\.json or quantize again"):
         opened("qwen3_moe", folder)
 

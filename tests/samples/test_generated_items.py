@@ -55,9 +55,7 @@ def test_arithmetic_answers_follow_from_the_drawn_values(sheets):
     checked = 0
     for sheet in sheets:
         values = {
-            (run.row, run.column): float(run.text)
-            for run in sheet.canvas.runs
-            if run.row and sheet.task == "chart"
+            (run.row, run.column): float(run.text) for run in sheet.canvas.runs if run.row and sheet.task == "chart"
         }
         for question in sheet.questions:
             sum_of = re.fullmatch(r"What is the sum of (\w+) and (\w+)\?", question.text)

@@ -37,9 +37,7 @@ class FakeEngine:
     busy: int = 0
     most_busy: int = 0
     closed_early: int = 0
-    stats: Any = field(
-        default_factory=lambda: SimpleNamespace(hits=3, misses=2, bytes_moved=512, stall_seconds=0.25)
-    )
+    stats: Any = field(default_factory=lambda: SimpleNamespace(hits=3, misses=2, bytes_moved=512, stall_seconds=0.25))
 
     def stream(self, messages: Any, **sampling: Any) -> "FakeStream":
         self.calls.append(messages)
@@ -94,9 +92,7 @@ class FakeStream:
 
 def _text(message: Any) -> str:
     content = message["content"]
-    return (
-        content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
-    )
+    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
 
 
 def _images(messages: Any) -> list[Image.Image]:

@@ -68,12 +68,8 @@ class _OneToken:
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_the_length_is_kept(server, stream, field):
     messages = [{"role": "user", "content": "a b c d"}]
-    reply = server.client.chat.completions.create(
-        model="tiny", messages=messages, stream=stream, **{field: 2}
-    )
-    text, reason = (
-        _read(reply) if stream else (reply.choices[0].message.content, reply.choices[0].finish_reason)
-    )
+    reply = server.client.chat.completions.create(model="tiny", messages=messages, stream=stream, **{field: 2})
+    text, reason = _read(reply) if stream else (reply.choices[0].message.content, reply.choices[0].finish_reason)
     assert (text, reason) == ("a b ", "length")
 
 

@@ -140,9 +140,7 @@ def test_a_form_is_not_json(steady):
 
 def test_a_large_body_is_refused(serve, engine):
     server = serve(engine, max_body_bytes=1000)
-    assert (
-        refusal(server, 413, messages=[{"role": "user", "content": "x" * 2000}])["message"].count("1000") == 1
-    )
+    assert refusal(server, 413, messages=[{"role": "user", "content": "x" * 2000}])["message"].count("1000") == 1
 
 
 def test_an_unknown_model(steady):

@@ -17,9 +17,7 @@ def outcomes(server):
     lines = connection.getresponse().read().decode().splitlines()
     connection.close()
     mark = 'expertflow_requests_total{outcome="'
-    return {
-        line[len(mark) :].split('"')[0]: float(line.split()[-1]) for line in lines if line.startswith(mark)
-    }
+    return {line[len(mark) :].split('"')[0]: float(line.split()[-1]) for line in lines if line.startswith(mark)}
 
 
 def health(server):
@@ -139,9 +137,7 @@ def test_a_refused_image_gives_its_place_back(serve, engine, about):
     server = serve(engine, max_queue=0)
     for _ in range(3):
         with pytest.raises(openai.BadRequestError, match="nothing is fetched"):
-            server.client.chat.completions.create(
-                model="tiny", messages=about("x", "https://example.com/a.png")
-            )
+            server.client.chat.completions.create(model="tiny", messages=about("x", "https://example.com/a.png"))
     assert server.client.chat.completions.create(model="tiny", messages=HELLO).choices
     assert outcomes(server) == {"refused": 3.0, "ok": 1.0}
 

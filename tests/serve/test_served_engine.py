@@ -16,17 +16,13 @@ openai = pytest.importorskip("openai")
 
 def picture(seed):
     noise = torch.Generator().manual_seed(seed)
-    return Image.fromarray(
-        torch.randint(0, 256, (32, 32, 3), generator=noise, dtype=torch.uint8).numpy(), "RGB"
-    )
+    return Image.fromarray(torch.randint(0, 256, (32, 32, 3), generator=noise, dtype=torch.uint8).numpy(), "RGB")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
-    tiny.write_checkpoint(
-        tiny.tiny_model("qwen3_vl_moe"), root / "checkpoint", lambda layer, expert: "int4-g16"
-    )
+    tiny.write_checkpoint(tiny.tiny_model("qwen3_vl_moe"), root / "checkpoint", lambda layer, expert: "int4-g16")
     tiny.save_processor("qwen3_vl_moe", root / "processor")
     shutil.copytree(root / "processor", root / "checkpoint", dirs_exist_ok=True)
     return root / "checkpoint"
@@ -115,10 +111,7 @@ def test_a_closed_stream_frees_the_engine(real, ask, engine):
     stream = ask("Long", max_tokens=200, stream=True)
     next(stream), next(stream)
     stream.close()
-    assert (
-        ask("Next", max_tokens=4).choices[0].message.content
-        == expected(engine, "Next", 0, max_new_tokens=4).text
-    )
+    assert ask("Next", max_tokens=4).choices[0].message.content == expected(engine, "Next", 0, max_new_tokens=4).text
 
 
 def test_more_tokens_than_the_model_reads_are_refused(ask):

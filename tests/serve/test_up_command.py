@@ -163,7 +163,6 @@ def test_serve_shows_what_it_serves_and_refuses_before_it_listens(model, tmp_pat
 
 def test_a_taken_port_is_known_before_anything_is_loaded(model, invoke):
     with contextlib.closing(server.bind("127.0.0.1", 0)) as taken:
-        taken.listen()
         port = taken.getsockname()[1]
         output = invoke("serve", "no-such-folder", "--port", port, code=2)
     assert f"cannot listen on 127.0.0.1:{port}" in output
@@ -185,9 +184,7 @@ def test_the_curl_example_is_a_request(data_url, tmp_path):
     shown = curl_example("a$b`c\\d", "http://127.0.0.1:1/v1")
     head, mark, rest = shown.partition(" <<JSON")
     assert head.endswith("-d @-")
-    body = subprocess.run(
-        ["sh", "-c", f"cat{mark}{rest}"], cwd=tmp_path, capture_output=True, check=True
-    ).stdout
+    body = subprocess.run(["sh", "-c", f"cat{mark}{rest}"], cwd=tmp_path, capture_output=True, check=True).stdout
     request = parse_chat_request(body)
     assert request.model == "a$b`c\\d"
     (image,) = decode_images([request.messages[0].content[0].image_url.url], Limits())

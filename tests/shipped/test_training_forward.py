@@ -79,9 +79,7 @@ def test_experts_grouped_and_dense_agree():
         for t in range(len(y)):
             for w, e in zip(weights[t], index[t], strict=True):
                 slow[t] += w * (down[e] @ forward.gated(gate_up[e] @ y[t]))
-        torch.testing.assert_close(
-            forward.experts_dense(y, gate, gate_up, down)[0], slow, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(forward.experts_dense(y, gate, gate_up, down)[0], slow, rtol=1e-4, atol=1e-4)
         return
     parts = [t.cuda().bfloat16().requires_grad_() for t in (y, gate, gate_up, down)]
     a, b = forward.experts_grouped(*parts)[0], forward.experts_dense(*parts)[0]

@@ -73,6 +73,7 @@ def quantize(
     chosen = _plan(format_name, plan)
     console = Console(stderr=True)
     with console.status("loading libraries"):
+        from expertflow_quant.models.device import pick_device
         from expertflow_quant.pipeline.methods import MethodOptions, check_method
         from expertflow_quant.pipeline.observe import ObserveOptions
         from expertflow_quant.pipeline.quantize import quantize_model
@@ -91,7 +92,7 @@ def quantize(
                 samples=_samples(samples, num_samples, seed) if calibrates else None,
                 options=options,
                 observe=ObserveOptions(text_share=text_share or None) if calibrates else None,
-                device=_device(device),
+                device=pick_device(device),
                 overwrite=overwrite,
                 progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
             )
@@ -131,22 +132,6 @@ def _samples(path: Path | None, count: int, seed: int) -> "list[CalibrationSampl
     from expertflow_quant.pipeline.samples_io import generated_samples, load_samples
 
     return generated_samples(count, seed) if path is None else load_samples(path, count)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ExpertFlowError(f"device {name!r} is not known: use auto, cpu, cuda or cuda:N") from error
-    if kind not in ("cpu", "cuda"):
-        raise ExpertFlowError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ExpertFlowError(f"device {name!r}: torch sees no CUDA device here: use cpu")
-    return name
 
 
 def _show(report: "QuantizeReport") -> None:

@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from expertflow_quant.checkpoint.manifest import MANIFEST_FILE
 from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.models.device import pick_device
 from expertflow_quant.models.processor import load_processor
 from expertflow_quant.models.seams import model_class, read_config
 from expertflow_quant.runtime.engine import Engine
@@ -57,28 +58,13 @@ def load_plain(path: str | Path, device: str = "cpu", dtype: torch.dtype | str |
 
 
 def _engine(folder: Path, config: Any, device: str, dtype: torch.dtype | str | None) -> Engine:
-    target = _checked_device(device)
+    target = pick_device(device)
     if dtype is None:
         dtype = torch.float32 if target.type == "cpu" else "auto"
     placed: dict[str, Any] = {} if target.type == "cpu" else {"device_map": {"": str(target)}}
     with _no_progress_bar():
         model = model_class(config).from_pretrained(folder, config=config, dtype=dtype, **placed)
     return Engine(model, load_processor(folder))
-
-
-def _checked_device(device: str) -> torch.device:
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise ExpertFlowError(f"device {device!r} is not known: use cpu, cuda or cuda:N") from None
-    if target.type not in ("cpu", "cuda"):
-        raise ExpertFlowError(f"device {device!r} is not supported: use cpu, cuda or cuda:N")
-    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
-        raise ExpertFlowError(
-            f"device {device!r} is not there: torch {torch.__version__} sees {torch.cuda.device_count()}: "
-            "use cpu or install a torch built for CUDA"
-        )
-    return torch.device("cuda", target.index or 0) if target.type == "cuda" else target
 
 
 @contextmanager

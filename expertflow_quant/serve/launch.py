@@ -5,7 +5,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from expertflow_quant.formats.errors import ExpertFlowError
@@ -36,12 +35,6 @@ class Options:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ExpertFlowError(f"dtype {self.dtype!r} is not known: use one of {', '.join(DTYPES)}")
 
-    @property
-    def torch_device(self) -> str:
-        if self.device == "auto":
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        return self.device
-
 
 def launch(checkpoint: Callable[[], Path], name: str, options: Options, console: Console) -> None:
     """Serve until Ctrl-C. ``checkpoint`` is called once the address is taken; it may quantize first.
@@ -51,7 +44,7 @@ def launch(checkpoint: Callable[[], Path], name: str, options: Options, console:
     """
     with closing(server.bind(options.host, options.port)) as listener:
         folder = checkpoint()
-        engine = load(folder, options.expert_memory, options.torch_device, options.dtype)
+        engine = load(folder, options.expert_memory, options.device, options.dtype)
         limits = Limits.for_context(_context(engine), options.max_queue, options.max_tokens)
         app, address = create_app(engine, name, limits), server.address(listener)
         console.print(banner.table(folder, engine, name, address, limits.max_queue))

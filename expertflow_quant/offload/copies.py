@@ -2,17 +2,20 @@
 
 On CUDA a copy starts after everything that was already asked of the computation (its slot may still be read
 there), and the computation waits for one copy at a time, so it goes on with the experts that are there while
-others arrive.
+others arrive. Records that are not in pinned memory take a ring of pinned buffers (disk_ring.py).
 """
 
 import itertools
 import threading
 import time
-from typing import Protocol
+from concurrent.futures import Future, wait
+from functools import cached_property
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from expertflow_quant.offload.disk_ring import DiskRing, Done, stream_upload
 from expertflow_quant.offload.policy import Key
 
 MANY_WAITS = 1024  # stalls are added up when so many are pending
@@ -66,25 +69,37 @@ class PlainCopies:
 
 
 class StreamCopies:
-    """Copies from pinned memory on a side stream of ``device``; stalls are timed on the device by events, and
-    counted once the device has passed them."""
+    """Copies on a side stream of ``device``, from pinned memory at once and from other memory through a ring.
+
+    Stalls are timed on the device by events, and counted once the device has passed them; the time that the host
+    waits for a record to be read counts as a stall, too.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copied: dict[Key, torch.cuda.Event] = {}
+        self._read: dict[Key, Future[Done]] = {}
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._stalled = 0.0
         self._lock = threading.Lock()  # stalls are read from other threads
 
+    @cached_property
+    def _ring(self) -> DiskRing:
+        """Made when the first record needs it: most stores are pinned throughout."""
+        return DiskRing()
+
     def start(self, key: Key, slot: Tensor, record: Tensor) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        if not record.is_pinned():
+            self._read[key] = self._ring.send(record, slot, stream_upload(self._stream))
+            return
         with torch.cuda.stream(self._stream):
             slot.copy_(record, non_blocking=True)
             self._copied[key] = self._stream.record_event()
 
     def finish(self, key: Key) -> None:
-        copied = self._copied.pop(key, None)
+        copied = self._uploaded(key) if key in self._read else self._copied.pop(key, None)
         if copied is None:
             return
         compute = torch.cuda.current_stream(self._device)
@@ -99,6 +114,19 @@ class StreamCopies:
 
     def forget(self, key: Key) -> None:
         self._copied.pop(key, None)
+        read = self._read.pop(key, None)
+        # Its upload, still to be enqueued, would land in a slot that holds another record by then.
+        if read is not None and not read.cancel():
+            wait([read])
+
+    def _uploaded(self, key: Key) -> torch.cuda.Event:
+        """The mark behind the upload of ``key``. Raises what reading raised, again and again until forgotten."""
+        begun = time.perf_counter()
+        copied = cast(torch.cuda.Event, self._read[key].result())
+        del self._read[key]
+        with self._lock:
+            self._stalled += time.perf_counter() - begun
+        return copied
 
     def stall_seconds(self) -> float:
         with self._lock:

@@ -1,0 +1,91 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Device functions that decode a tile of packed codes in their natural order, for products and for unpacking."""
+
+import triton
+import triton.language as tl
+
+MAGIC_BITS = tl.constexpr(0x4B000000)
+"""Float32 2 ** 23: with a code in its low bits it is 2 ** 23 + code, so one subtraction converts and centres it."""
+MAGIC = tl.constexpr(8388608.0)
+
+
+@triton.jit
+def matrix_parts(base, fields, CODES: tl.constexpr):
+    """Pointers to codes (uint8), scales (fp16) and zeros (uint8), the symmetric zero, and units per group.
+
+    ``fields`` points at the layout's row, CODES is the matrix's first column there; scales and zeros follow it.
+    """
+    codes_at = tl.load(fields + CODES)
+    zeros_at = tl.load(fields + CODES + 2)
+    zeros_at = tl.where(zeros_at < 0, codes_at, zeros_at)  # read by layouts without zeros too, and not used
+    codes = (base + codes_at).to(tl.pointer_type(tl.uint8))
+    scales = (base + tl.load(fields + CODES + 1)).to(tl.pointer_type(tl.float16))
+    zeros = (base + zeros_at).to(tl.pointer_type(tl.uint8))
+    return tl.multiple_of(codes, 16), tl.multiple_of(scales, 16), tl.multiple_of(zeros, 16), tl.load(fields + 1)
+
+
+@triton.jit
+def raw_codes(codes, rows, unit, inside, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+    """Codes int32 ``[rows, units, 8]`` from packed rows of COLUMNS codes; units that are not ``inside`` give 0."""
+    lane = tl.arange(0, 8)[None, None, :]
+    at = rows[:, None] * (COLUMNS // 8) + unit[None, :]
+    mask = inside[None, :]
+    if BITS == 8:
+        code = tl.load(codes + (at[:, :, None] * 8 + lane), mask=mask[:, :, None], other=0).to(tl.int32)
+    else:
+        if BITS == 4:
+            word = tl.load(codes.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+        elif BITS == 2:
+            word = tl.load(codes.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0).to(tl.int32)
+        else:
+            byte = codes + at * 3
+            word = tl.load(byte, mask=mask, other=0).to(tl.int32)
+            word |= tl.load(byte + 1, mask=mask, other=0).to(tl.int32) << 8
+            word |= tl.load(byte + 2, mask=mask, other=0).to(tl.int32) << 16
+        code = (word[:, :, None] >> (lane * BITS)) & ((1 << BITS) - 1)
+    return code
+
+
+@triton.jit
+def decode_tile(
+    codes,
+    scales,
+    zeros,
+    zero,
+    group_units,
+    rows,
+    column,
+    COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``(code - zero) * scale`` in float32, ``[rows, DEPTH]``: columns ``column`` to ``column + DEPTH`` of ``rows``.
+
+    ``column`` is a multiple of DEPTH; columns past the matrix hold anything finite. GROUP: units that share a scale if
+    all layouts agree, else 0 and ``group_units`` counts them.
+    """
+    UNITS: tl.constexpr = DEPTH // 8
+    unit = column // 8 + tl.arange(0, UNITS)
+    inside = unit < COLUMNS // 8
+    code = raw_codes(codes, rows, unit, inside, COLUMNS, BITS)
+    if GROUP > 0:
+        groups = COLUMNS // 8 // GROUP
+        if GROUP % UNITS == 0:  # one scale for a row of the tile
+            group = column // (8 * GROUP) + tl.zeros((1, 1), tl.int32)
+        else:
+            group = tl.minimum(unit // GROUP, groups - 1)[None, :]
+    else:
+        groups = COLUMNS // 8 // group_units
+        group = tl.minimum(unit // group_units, groups - 1)[None, :]
+    at = rows[:, None] * groups + group
+    scale = tl.load(scales + at).to(tl.float32)[:, :, None]
+    value = (code | MAGIC_BITS).to(tl.float32, bitcast=True)
+    if HAS_ZEROS:
+        own = tl.load(zeros + at).to(tl.int32)
+        centre = MAGIC + tl.where(zero < 0, own, zero).to(tl.float32)
+        weight = (value - centre[:, :, None]) * scale
+    else:
+        weight = (value - (MAGIC + zero.to(tl.float32))) * scale
+    return tl.reshape(weight, (rows.shape[0], DEPTH))

@@ -124,7 +124,7 @@ def combine(rows: Tensor, ids: Tensor, weights: Tensor, num_experts: int, out: T
     if out.numel():
         from expertflow_quant.kernels.grouped_kernel import combine_kernel
 
-        columns = 256
+        columns = 512
         combine_kernel[(tokens, -(-rows.shape[1] // columns))](
             rows,
             ids.contiguous(),

@@ -6,7 +6,6 @@ import triton.language as tl
 
 MAGIC_BITS = tl.constexpr(0x4B000000)
 """Float32 2 ** 23: with a code in its low bits it is 2 ** 23 + code, so one subtraction converts and centres it."""
-MAGIC = tl.constexpr(8388608.0)
 
 
 @triton.jit
@@ -84,8 +83,8 @@ def decode_tile(
     value = (code | MAGIC_BITS).to(tl.float32, bitcast=True)
     if HAS_ZEROS:
         own = tl.load(zeros + at).to(tl.int32)
-        centre = MAGIC + tl.where(zero < 0, own, zero).to(tl.float32)
+        centre = (tl.where(zero < 0, own, zero) | MAGIC_BITS).to(tl.float32, bitcast=True)
         weight = (value - centre[:, :, None]) * scale
     else:
-        weight = (value - (MAGIC + zero.to(tl.float32))) * scale
+        weight = (value - (zero | MAGIC_BITS).to(tl.float32, bitcast=True)) * scale
     return tl.reshape(weight, (rows.shape[0], DEPTH))

@@ -47,7 +47,7 @@ DENSE = {
 }
 """Tiling by block size for weights that are dense already; 16-bit hidden states."""
 
-FLOAT32 = Tiling(wide=32, depth=32, num_warps=4, num_stages=2)
+FLOAT32 = Tiling(wide=32, depth=32, num_warps=8, num_stages=2)
 """For float32 hidden states, which tensor cores do not multiply exactly: meant for checks, not for speed."""
 
 
@@ -243,6 +243,9 @@ def _check(hidden: Tensor, blocks: Blocks, addresses: Tensor, row_of: Tensor, ta
             f"addresses are {addresses.dtype} {tuple(addresses.shape)}, row_of {row_of.dtype} {tuple(row_of.shape)}: "
             "they are int64 and int32 of one entry per expert"
         )
+    devices = {tensor.device for tensor in (hidden, rows, addresses, row_of, blocks.order, table.rows)}
+    if len(devices) != 1:
+        raise ExpertFlowError(f"tensors lie on {', '.join(sorted(map(str, devices)))}: move them to one device")
     if not all(tensor.is_contiguous() for tensor in (hidden, rows, addresses, row_of)):
         raise ExpertFlowError("hidden, rows, addresses and row_of must be contiguous: call .contiguous()")
 

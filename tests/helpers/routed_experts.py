@@ -28,7 +28,7 @@ CLAMPED = Gate(clamped_gate)
 RELU = Gate(functional.relu)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RandomExperts:
     """Expert e of format ``names[e % len(names)]``, "+" at the end of a name asking for an input scale."""
 
@@ -43,8 +43,7 @@ class RandomExperts:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(len(self.names) * 1000 + self.experts)
         made = [self._expert(self.names[e % len(self.names)], generator) for e in range(self.experts)]
-        for index, name in enumerate(("layouts", "records", "plain")):
-            object.__setattr__(self, name, [one[index] for one in made])
+        self.layouts, self.records, self.plain = (list(column) for column in zip(*made, strict=True))
 
     def _expert(self, name: str, generator: torch.Generator) -> tuple[RecordLayout, Tensor, dict[str, Tensor]]:
         layout = RecordLayout(self.shape, Format.parse(name.rstrip("+")), input_scale=name.endswith("+"))

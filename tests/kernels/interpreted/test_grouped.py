@@ -17,6 +17,7 @@ from expertflow_quant.kernels.grouped_reference import (
     grouped_rows_reference,
     weights_at,
 )
+from expertflow_quant.kernels.unpack import unpack_records
 
 SHAPE = ExpertShape(hidden=64, intermediate=40)
 ODD = ExpertShape(hidden=48, intermediate=24, has_bias=True)
@@ -134,6 +135,56 @@ def test_dense_weights(device: str, dtype: torch.dtype, names: tuple[str, ...], 
     rest = (experts.addresses, row_of, table, SILU)
     grouped_dense(hidden, blocks, gate_up, down, index_of.to(device), *rest, rows)
     check_rows(rows, experts, hidden, torch.where(ids == 5, 8, ids), SILU)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("gate", [SILU, CLAMPED], ids=["fused", "applied"])
+def test_a_graph_follows_the_ids(gate: Gate) -> None:
+    """Captured once with some routes, replayed with others: nothing in between looks at the host."""
+    experts = RandomExperts(EVERY, 8, SHAPE, "cuda")
+    table, row_of = experts.table()
+    addresses = experts.addresses
+    hidden, ids = random_hidden(24, 64, torch.float32, "cuda"), random_ids(24, 2, 8, "cuda")
+    weights = torch.rand(24, 2, device="cuda")
+
+    def step() -> Tensor:
+        blocks = plan_blocks(ids, 8, 16)
+        rows = hidden.new_empty(48, 64)
+        return combine(grouped_rows(hidden, blocks, addresses, row_of, table, gate, rows), ids, weights, 8)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        summed = step()
+    for highest in (8, 1, 5):
+        ids.copy_(random_ids(24, 2, highest, "cuda"))
+        graph.replay()
+        terms = experts.slow_rows(hidden, ids, gate.apply).nan_to_num(0.0).view(24, 2, 64)
+        expected = (weights.double().cpu()[..., None] * terms).sum(1)
+        torch.testing.assert_close(summed.double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_real_widths(block: int, dtype: torch.dtype) -> None:
+    """Every shipped tiling, decoded in the kernel and on load: the two differ in nothing but the kernel."""
+    experts = RandomExperts(["int4-g128", "int4-g128-asym", "int3-g64", "bf16"], 4, ExpertShape(1024, 768), "cuda")
+    table, row_of = experts.table()
+    hidden, ids = random_hidden(400, 1024, dtype, "cuda"), random_ids(400, 2, 4, "cuda")
+    rest = (experts.addresses, row_of, table, SILU)
+    dense = {name: torch.empty(4, *size, dtype=dtype, device="cuda") for name, size in table.shape.matrices.items()}
+    unpack_records(experts.addresses, row_of, table, **dense)
+    index_of = torch.arange(4, dtype=torch.int32, device="cuda")
+    blocks = plan_blocks(ids, 4, block)
+    coded = grouped_rows(hidden, blocks, *rest, hidden.new_full((800, 1024), float("nan")))
+    decoded = grouped_dense(hidden, blocks, *dense.values(), index_of, *rest, torch.full_like(coded, float("nan")))
+    torch.testing.assert_close(coded, decoded, rtol=1e-2, atol=1e-2, equal_nan=True)
+    chosen = torch.randperm(400)[:5]
+    expected = experts.slow_rows(hidden[chosen], ids[chosen], SILU.apply)
+    torch.testing.assert_close(
+        coded.view(400, 2, 1024)[chosen].view(10, 1024).double().cpu(), expected, rtol=3e-2, atol=3e-2, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("gate", [SILU, CLAMPED], ids=["fused", "applied"])

@@ -1,0 +1,276 @@
+"""The experts of a prefill: many tokens in one pass, layer by layer, experts that are not resident streamed past.
+
+While one layer's experts are computed, the next ones' records cross the link into a staging ring: the host asks for
+copies as far ahead as the ring has room, so attention and routers of the next layer run beside copies too. Pairs are
+sorted by expert once per layer, every pair's row is kept, and a token's rows are added up in top-k order at the end:
+what is resident, how chunks are cut, and whether records are staged ahead or on demand change no bit of the result.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.kernels.gate import Gate
+from expertflow_quant.kernels.grouped import combine
+from expertflow_quant.offload.resident import ResidentExperts
+from expertflow_quant.offload.staging import Chunk, StagingRing
+from expertflow_quant.offload.store import ExpertStore
+from expertflow_quant.runtime import layer_product
+from expertflow_quant.runtime.layer_product import LayerProduct, cut_tokens
+
+DENSE_TOKENS = 128
+"""Tokens per expert from which experts are decoded first and multiplied dense. An estimate: decoding in the product is
+repeated for every block of tokens, so two full blocks decode everything twice."""
+
+AHEAD_COVERAGE = 0.8
+"""Expected share of a layer's experts that a pass meets, from which all are staged ahead without looking."""
+
+MAX_PAIRS = 1 << 16
+"""Pairs multiplied at once: bounds the memory between the two products."""
+
+SLACK_BYTES = 1 << 20
+"""For the rounding of allocations and tensors whose size does not depend on the tokens."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """``multiply``: decode "in kernel", or "on load" and multiply dense; "auto" takes the latter from
+    ``dense_tokens`` tokens per expert on, unless the records are dense in that dtype already. ``stage``: all missing
+    experts "ahead", or only routed ones "on demand", which waits for the device once in each layer; "auto" takes the
+    former where ``expected_coverage`` of every layer reaches ``ahead_coverage``. ``max_pairs``: see MAX_PAIRS."""
+
+    multiply: Literal["auto", "in kernel", "on load"] = "auto"
+    stage: Literal["auto", "ahead", "on demand"] = "auto"
+    dense_tokens: float = DENSE_TOKENS
+    ahead_coverage: float = AHEAD_COVERAGE
+    max_pairs: int = MAX_PAIRS
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Counts of one pass: record bytes that crossed the link, and experts that were used from a slot or streamed,
+    whether or not a token met them."""
+
+    bytes_streamed: int = 0
+    experts_resident: int = 0
+    experts_streamed: int = 0
+
+
+def expected_coverage(experts: int, top_k: int, tokens: int) -> float:
+    """Share of ``experts`` that ``tokens`` tokens are expected to meet, if every token drew ``top_k`` of them evenly:
+    ``1 - (1 - top_k / experts) ** tokens``. Real routes are less even, so they meet fewer."""
+    return 1.0 - (1.0 - top_k / experts) ** tokens
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A layer's experts in the order in which they are computed, int64 ``[n]``: the first ``residents`` from their
+    slots, the others streamed. ``short`` is the same in int32. ``index_of`` int32 ``[E]``: each expert's place among
+    those of its chunk."""
+
+    experts: Tensor
+    short: Tensor
+    index_of: Tensor
+    residents: int
+
+
+class StreamedExperts:
+    """Passes over all layers: ``begin`` once, then ``layer`` for each MoE layer in model order.
+
+    Between ``begin`` and the last layer nothing else may move experts into or out of ``resident``'s slots. The rows of
+    all pairs of a layer are kept until its last chunk, because a token's sum has an order; so memory bounds the tokens
+    of a pass (``scratch_bytes``). One thread, one compute stream.
+    """
+
+    def __init__(
+        self, resident: ResidentExperts, store: ExpertStore, ring: StagingRing, options: StreamOptions | None = None
+    ) -> None:
+        if ring.device != resident.address.device:
+            raise ExpertFlowError(
+                f"experts stay on {resident.address.device} but are staged on {ring.device}: make both on one device"
+            )
+        self._resident, self._store, self._ring = resident, store, ring
+        self._options = options or StreamOptions()
+        self._residents: list[list[int]] = []
+        self._orders: list[_Order] = []
+        self._queue: deque[tuple[int, Sequence[int]]] = deque()
+        self._staged: deque[Chunk] = deque()
+        self._ahead = False
+        self._tokens = 0
+        self._next = len(store.layers)
+        self._stats = StreamStats()
+
+    @property
+    def stats(self) -> StreamStats:
+        """Counts since ``begin``; known to the host, nothing waits."""
+        return self._stats
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the last pass to begin stages all missing experts without looking who is routed."""
+        return self._ahead
+
+    def begin(self, tokens: int) -> None:
+        """Start a pass over ``tokens`` tokens, padding not counted: reads which experts are resident, which waits for
+        the device once, and asks for the first copies. A pass that was not finished is given up."""
+        self._queue.clear()
+        self._staged.clear()
+        self._ring.reset()
+        self._stats, self._tokens, self._next = StreamStats(), tokens, 0
+        self._ahead = self._stages_ahead(tokens)
+        self._residents = self._resident.resident_experts()
+        missing = [self._missing(layer) if self._ahead else [] for layer in range(len(self._residents))]
+        # before any record: a small copy would have to queue behind the large ones
+        self._orders = self._ordered(range(len(self._residents)), missing)
+        for layer, experts in enumerate(missing):
+            self._ask(layer, experts)
+
+    @torch.no_grad()
+    def layer(
+        self, layer: int, gate: Gate, hidden: Tensor, ids: Tensor, weights: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of every token's experts: hidden ``[T, H]``, ids int and weights ``[T, K]`` -> ``[T, H]``.
+
+        Ids that are no expert's add nothing. ``valid`` bool ``[T]``: tokens where it is False cost nothing and get
+        zeros. Raises ExpertFlowError when layers come in another order than the model's, or without ``begin``.
+        """
+        if layer != self._next or layer >= len(self._store.layers):
+            raise ExpertFlowError(
+                f"layer {layer} was asked for, next in this pass is layer {self._next} of {len(self._store.layers)}: "
+                "call begin, then every MoE layer once, in order"
+            )
+        self._next += 1
+        experts = len(self._store.layers[layer].nbytes)
+        if valid is not None:
+            ids = ids.masked_fill(~valid.unsqueeze(1), experts)
+        order = self._orders[layer] if self._ahead else self._routed(layer, ids, experts)
+        rows = hidden.new_empty(ids.numel(), hidden.shape[1])
+        table, row_of = self._resident.tables[layer]
+        product = LayerProduct(
+            table,
+            row_of,
+            self._resident.addresses(layer).clone(),
+            order.index_of,
+            gate,
+            cut_tokens(hidden.contiguous(), ids, rows, experts, self._options.max_pairs),
+            self._tokens_per_expert(layer, self._tokens),
+        )
+        self._multiply(product, order, self._multiplies_dense(layer, self._tokens, hidden.dtype))
+        return combine(rows, ids, weights, experts)
+
+    def scratch_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16, fused: bool = True) -> int:
+        """What a pass over ``tokens`` tokens, padding included, allocates on the device at once, at most: rows, result,
+        what lies between the two products, decoded matrices, plans; not slots and ring. ``dtype`` is that of the hidden
+        states, ``fused``: whether kernels compute the gate."""
+        options, layers = self._options, self._store.layers
+        decoded = [
+            min(self._ring.chunk, len(layer.nbytes)) if self._multiplies_dense(index, tokens, dtype) else 0
+            for index, layer in enumerate(layers)
+        ]
+        largest = max(
+            layer_product.scratch_bytes(
+                self._resident.tables[index][0], layer.top_k, tokens, options.max_pairs, decoded[index], dtype, fused
+            )
+            for index, layer in enumerate(layers)
+        )
+        tables = 32 * len(layers) * max(len(layer.nbytes) for layer in layers)
+        return largest + tables + SLACK_BYTES
+
+    def _multiply(self, product: LayerProduct, order: _Order, dense: bool) -> None:
+        """Residents first, then chunk by chunk what is streamed, asking for the next copies after each chunk."""
+        chunk, residents, streamed = self._ring.chunk, order.residents, 0
+        room = min(chunk, order.index_of.shape[0])
+
+        def run(experts: Tensor) -> None:
+            if dense:
+                product.run_dense(experts, room)
+            else:
+                product.run(experts)
+
+        if residents:
+            for some in torch.split(order.short[:residents], chunk if dense else residents):
+                run(some)
+        for first in range(residents, order.experts.shape[0], chunk):
+            staged = self._staged.popleft()
+            staged.wait()
+            product.addresses.index_copy_(0, order.experts[first : first + chunk], staged.addresses)
+            run(order.short[first : first + chunk])
+            staged.release()
+            streamed += staged.nbytes
+            self._pump()
+        self._stats = replace(
+            self._stats,
+            bytes_streamed=self._stats.bytes_streamed + streamed,
+            experts_resident=self._stats.experts_resident + residents,
+            experts_streamed=self._stats.experts_streamed + order.experts.shape[0] - residents,
+        )
+
+    def _routed(self, layer: int, ids: Tensor, experts: int) -> _Order:
+        """Ask for the experts of ``layer`` that are routed and missing: waits for the device unless none is missing."""
+        missing = self._missing(layer)
+        if not missing:
+            return self._orders[layer]
+        flat = ids.reshape(-1).long()
+        met = torch.zeros(experts + 1, dtype=torch.bool, device=ids.device)
+        met.index_fill_(0, torch.where((flat >= 0) & (flat < experts), flat, experts), True)
+        is_met = met.tolist()
+        wanted = [expert for expert in missing if is_met[expert]]
+        (order,) = self._ordered([layer], [wanted])
+        self._ask(layer, wanted)
+        return order
+
+    def _missing(self, layer: int) -> list[int]:
+        resident = set(self._residents[layer])
+        return [expert for expert in range(len(self._store.layers[layer].nbytes)) if expert not in resident]
+
+    def _ordered(self, layers: Sequence[int], streamed: Sequence[Sequence[int]]) -> list[_Order]:
+        """The orders of ``layers`` whose ``streamed`` experts follow the resident ones; one upload for all."""
+        chunk, device = self._ring.chunk, self._ring.device
+        widest = max(len(self._store.layers[layer].nbytes) for layer in layers)
+        host = torch.full((2, len(layers), widest), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        lengths = []
+        for row, (layer, others) in enumerate(zip(layers, streamed, strict=True)):
+            residents = self._residents[layer]
+            experts = torch.tensor([*residents, *others], dtype=torch.int64)
+            places = [place % chunk for some in (residents, others) for place in range(len(some))]
+            host[0, row, : len(experts)] = experts
+            host[1, row, experts] = torch.tensor(places, dtype=torch.int64)
+            lengths.append((len(experts), len(self._store.layers[layer].nbytes), len(residents)))
+        long = host.to(device, non_blocking=True)
+        short = long.to(torch.int32)
+        return [
+            _Order(long[0, row, :count], short[0, row, :count], short[1, row, :experts], residents)
+            for row, (count, experts, residents) in enumerate(lengths)
+        ]
+
+    def _ask(self, layer: int, experts: Sequence[int]) -> None:
+        chunk = self._ring.chunk
+        self._queue.extend((layer, experts[first : first + chunk]) for first in range(0, len(experts), chunk))
+        self._pump()
+
+    def _pump(self) -> None:
+        """Ask for copies while the ring has room; records are looked up only now."""
+        while self._queue and self._ring.has_room:
+            layer, experts = self._queue.popleft()
+            self._staged.append(self._ring.stage([self._store.record(layer, expert) for expert in experts]))
+
+    def _stages_ahead(self, tokens: int) -> bool:
+        if self._options.stage != "auto":
+            return self._options.stage == "ahead"
+        covered = min(expected_coverage(len(each.nbytes), each.top_k, tokens) for each in self._store.layers)
+        return covered >= self._options.ahead_coverage
+
+    def _multiplies_dense(self, layer: int, tokens: int, dtype: torch.dtype) -> bool:
+        if self._options.multiply != "auto":
+            return self._options.multiply == "on load"
+        decoded = dtype == torch.bfloat16 and self._resident.tables[layer][0].widths == {16}
+        return not decoded and self._tokens_per_expert(layer, tokens) >= self._options.dense_tokens
+
+    def _tokens_per_expert(self, layer: int, tokens: int) -> float:
+        records = self._store.layers[layer]
+        return tokens * records.top_k / len(records.nbytes)

@@ -10,4 +10,10 @@ def use_triton(tensor: Tensor) -> bool:
 
     True on CUDA, and on the CPU under TRITON_INTERPRET=1, which is how tests run kernels without a GPU.
     """
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return tensor.is_cuda or interpreted()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on. Its ``tl.dot`` takes bfloat16 for integers, so kernels widen
+    their operands there."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,6 +16,7 @@ from torch import Tensor
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import expert_product, expert_weights
 from expertflow_quant.offload.cache import ExpertCache
+from expertflow_quant.runtime.fast import passes
 
 NAME = "expertflow"
 """Under which transformers knows the function."""
@@ -26,9 +27,10 @@ SUM_TOKENS = 1024
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """What an experts module has instead of weights: the cache, and which MoE layer it is there."""
+    """What an experts module has instead of weights: which MoE layer it is, and the cache of the plain path. Without
+    one, the module runs on the fast path alone (fast/passes.py)."""
 
-    cache: ExpertCache
+    cache: ExpertCache | None
     layer: int
 
 
@@ -37,12 +39,22 @@ def attach(module: Any, experts: LayerExperts) -> None:
     setattr(module, NAME, experts)
 
 
+def attached(model: Any) -> list[Any]:
+    """The experts modules of ``model`` that were given experts, in the checkpoint's order."""
+    found = [module for module in model.modules() if isinstance(getattr(module, NAME, None), LayerExperts)]
+    return sorted(found, key=lambda module: getattr(module, NAME).layer)
+
+
+@torch.compiler.disable
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The weighted sum of every token's experts, ``[T, H]`` in hidden's dtype, on the cache's device.
 
     Ids at or above ``module.num_experts`` mark (token, k) pairs that belong to nobody here and add nothing.
-    Raises ExpertFlowError in training mode, on another device, or when no checkpoint is attached.
+    Raises ExpertFlowError in training mode, on another device, or when no checkpoint is attached. During a pass of the
+    fast path the pass answers instead.
     """
+    if (fast := passes.current()) is not None:
+        return fast.experts(getattr(module, NAME).layer, module, hidden, top_k_index, top_k_weights)
     experts = _attached(module, hidden)
     with torch.no_grad():
         rows = _expert_rows(module, experts, hidden, top_k_index).view(*top_k_index.shape, hidden.shape[1])
@@ -58,13 +70,22 @@ def fetch(experts: LayerExperts, wanted: Iterable[int]) -> Iterator[tuple[int, d
 
     The fields are valid until the next expert is asked for.
     """
-    cache, layer = experts.cache, experts.layer
+    cache, layer = cache_of(experts), experts.layer
     for piece in cache.pieces(layer, wanted):
         in_use = {(layer, expert) for expert in piece}
         for expert in piece:
             cache.begin(layer, expert, in_use)
         for expert in piece:
             yield expert, cache.finish_views(layer, expert)
+
+
+def cache_of(experts: LayerExperts) -> ExpertCache:
+    """The plain path's cache. Raises ExpertFlowError for experts that only the fast path can reach."""
+    if experts.cache is None:
+        raise ExpertFlowError(
+            "this model was loaded for the fast path: ask its engine, or load it with fast=False to call it directly"
+        )
+    return experts.cache
 
 
 def _attached(module: Any, hidden: Tensor) -> LayerExperts:
@@ -76,9 +97,9 @@ def _attached(module: Any, hidden: Tensor) -> LayerExperts:
         )
     if module.training:
         raise ExpertFlowError("quantized experts are for inference only: call model.eval()")
-    if hidden.device != experts.cache.device:
+    if hidden.device != (device := cache_of(experts).device):
         raise ExpertFlowError(
-            f"hidden states are on {hidden.device}, the experts' slots on {experts.cache.device}: "
+            f"hidden states are on {hidden.device}, the experts' slots on {device}: "
             f"load with device_map={str(hidden.device)!r} instead of moving the model"
         )
     return experts
@@ -96,6 +117,6 @@ def _expert_rows(module: Any, experts: LayerExperts, hidden: Tensor, top_k_index
     targets = torch.split(outputs, counts)
     wanted = [expert for expert, count in enumerate(counts[: module.num_experts]) if count]
     for expert, views in fetch(experts, wanted):
-        weights = expert_weights(views, experts.cache.store.layout(experts.layer, expert), hidden.dtype)
+        weights = expert_weights(views, cache_of(experts).store.layout(experts.layer, expert), hidden.dtype)
         targets[expert].copy_(expert_product(inputs[expert], weights, gate))
     return outputs[order.argsort()]

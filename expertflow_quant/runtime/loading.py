@@ -1,6 +1,7 @@
 """From a folder to an engine: our checkpoints with a budget, and plain transformers models."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,14 @@ from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.models.device import pick_device
 from expertflow_quant.models.processor import load_processor
 from expertflow_quant.models.seams import model_class, read_config
+from expertflow_quant.offload.budget import parse_budget
 from expertflow_quant.runtime.engine import Engine
-from expertflow_quant.runtime.quantizer import ExpertFlowConfig
+from expertflow_quant.runtime.fast.build import FastOptions, build_fast
+from expertflow_quant.runtime.fast.probe import FastPathError
+from expertflow_quant.runtime.quantizer import ExpertFlowConfig, attach_cache
+from expertflow_quant.runtime.runner import Runner
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -23,14 +30,20 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
+    *,
+    fast: bool | None = None,
+    options: FastOptions | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> Engine:
     """An engine on a quantized checkpoint, its experts in ``expert_memory`` of the device ("2MiB", "25%",
     bytes).
 
     ``dtype`` is that of activations and non-expert weights: by default float32 on the CPU, the model's own
-    elsewhere. ``verify`` checks every file's sha256 first. Raises ExpertFlowError (BudgetError,
-    CheckpointError) before anything is generated: a budget below one token's working set, a missing or
-    damaged file, an unknown format, no such device.
+    elsewhere. ``verify`` checks every file's sha256 first. ``fast``: True for the fast path (captured decode steps,
+    streamed prefill; ``options`` set its sizes, ``on_step`` hears what building it does), False for transformers'
+    own ``generate``; by default the fast path on a GPU where the model can take it, and a warning that says why
+    where it cannot. Raises ExpertFlowError (BudgetError, CheckpointError, FastPathError) before anything is
+    generated: a budget below one token's working set, a missing or damaged file, an unknown format, no such device.
     """
     folder = Path(path)
     if not (folder / MANIFEST_FILE).is_file():
@@ -42,8 +55,32 @@ def load(
     saved = getattr(config, "quantization_config", None)
     if not isinstance(saved, dict) or saved.get("quant_method") != ExpertFlowConfig().quant_method:
         raise ExpertFlowError(f"{folder}/config.json names no quantization_config of ours: restore or quantize again")
-    config.quantization_config = {**saved, "expert_memory": expert_memory, "verify": verify}
-    return _engine(folder, config, device, dtype)
+    target = pick_device(device)
+    wanted = target.type == "cuda" if fast is None else fast
+    config.quantization_config = {**saved, "expert_memory": expert_memory, "verify": verify, "fast": wanted}
+    model = _model(folder, config, target, dtype)
+    processor = load_processor(folder)
+    if not wanted:
+        return Engine(model, processor)
+    budget = parse_budget(expert_memory, model.expert_store.nbytes)
+
+    def runner(engine: Engine) -> Runner:
+        return build_fast(model, engine.tokenizer, engine.end_ids, budget, options or FastOptions(), on_step=on_step)
+
+    try:
+        return Engine(model, processor, runner)
+    except FastPathError as error:
+        if fast:
+            raise
+        log.warning("%s: the plain path is taken, which is slower", error)
+    return Engine(_plain_again(model, budget), processor)
+
+
+def _plain_again(model: Any, budget: int) -> Any:
+    """``model`` with the plain path's cache, and the attention that it would have had."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    attach_cache(model, budget)
+    return model
 
 
 def load_plain(path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = None) -> Engine:
@@ -54,17 +91,16 @@ def load_plain(path: str | Path, device: str = "cpu", dtype: torch.dtype | str |
     folder = Path(path)
     if (folder / MANIFEST_FILE).is_file():
         raise ExpertFlowError(f"{folder} is an expertflow checkpoint: load it with expertflow_quant.load")
-    return _engine(folder, read_config(folder), device, dtype)
+    model = _model(folder, read_config(folder), pick_device(device), dtype)
+    return Engine(model, load_processor(folder))
 
 
-def _engine(folder: Path, config: Any, device: str, dtype: torch.dtype | str | None) -> Engine:
-    target = pick_device(device)
+def _model(folder: Path, config: Any, target: torch.device, dtype: torch.dtype | str | None) -> Any:
     if dtype is None:
         dtype = torch.float32 if target.type == "cpu" else "auto"
     placed: dict[str, Any] = {} if target.type == "cpu" else {"device_map": {"": str(target)}}
     with _no_progress_bar():
-        model = model_class(config).from_pretrained(folder, config=config, dtype=dtype, **placed)
-    return Engine(model, load_processor(folder))
+        return model_class(config).from_pretrained(folder, config=config, dtype=dtype, **placed)
 
 
 @contextmanager

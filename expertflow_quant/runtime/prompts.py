@@ -39,7 +39,7 @@ class Prompts:
 
 class PromptEncoder:
     """Turns conversations into prompts for one model. ``processor``: its processor, or its tokenizer when it
-    reads text only."""
+    reads text only. ``room``, if set, is the most tokens that prompt and answer may have together."""
 
     def __init__(self, processor: Any, config: Any) -> None:
         self._processor = processor
@@ -50,6 +50,7 @@ class PromptEncoder:
         self._reads_images = processor is not self._tokenizer
         self._image_id = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         self.context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.room: int | None = None
         self._reserved = [text for name in PLACEHOLDERS if (text := getattr(processor, name, None))]
 
     def encode(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int) -> Prompts:
@@ -118,12 +119,15 @@ class PromptEncoder:
 
     def _check_fits(self, prompts: Prompts, max_new_tokens: int) -> None:
         for prompt, image in zip(prompts.prompt_tokens, prompts.image_tokens, strict=True):
-            if self.context is not None and prompt + max_new_tokens > self.context:
-                raise PromptError(
-                    f"a prompt of {prompt} tokens ({image} of them image) and {max_new_tokens} new ones "
-                    f"exceed the model's context of {self.context}: shorten it"
-                    + (f" or ask for at most {self.context - prompt}" if prompt < self.context else "")
-                )
+            wanted = prompt + max_new_tokens
+            limits = {"the model's context of": self.context, "the room kept for a row (--context) of": self.room}
+            for what, limit in limits.items():
+                if limit is not None and wanted > limit:
+                    raise PromptError(
+                        f"a prompt of {prompt} tokens ({image} of them image) and {max_new_tokens} new ones "
+                        f"exceed {what} {limit}: shorten it"
+                        + (f" or ask for at most {limit - prompt}" if prompt < limit else "")
+                    )
 
 
 def _images(conversation: Sequence[Message]) -> list[Any]:

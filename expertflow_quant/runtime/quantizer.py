@@ -27,10 +27,10 @@ from expertflow_quant.offload.budget import parse_budget
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.slots import plan_slots
 from expertflow_quant.offload.store import ExpertStore
-from expertflow_quant.runtime.experts import NAME, LayerExperts, attach, experts_forward
+from expertflow_quant.runtime.experts import NAME, LayerExperts, attach, attached, experts_forward
 
 VERSION = 1
-LOADING_OPTIONS = ("expert_memory", "verify")
+LOADING_OPTIONS = ("expert_memory", "verify", "fast")
 
 
 @register_quantization_config("expertflow")
@@ -38,7 +38,8 @@ class ExpertFlowConfig(QuantizationConfigMixin):
     """What config.json says of our checkpoints, and how to load them.
 
     ``expert_memory``: device bytes for experts, as ``offload.budget.parse_budget`` reads them (default: all
-    resident). ``verify``: check the sha256 of every file before loading (default), not only the sizes. Give
+    resident). ``verify``: check the sha256 of every file before loading (default), not only the sizes. ``fast``:
+    leave the experts in host memory as ``model.expert_store``, for the engine's fast path to place. Give
     them as ``from_pretrained(OUT, quantization_config=ExpertFlowConfig(expert_memory="2MiB"))``; they are
     never saved. Raises ExpertFlowError for a version or an option that this build does not know.
     """
@@ -47,6 +48,7 @@ class ExpertFlowConfig(QuantizationConfigMixin):
         self,
         expert_memory: int | str = "100%",
         verify: bool = True,
+        fast: bool = False,
         version: int = VERSION,
         quant_method: str = NAME,
         **unknown: Any,
@@ -61,6 +63,7 @@ class ExpertFlowConfig(QuantizationConfigMixin):
         self.version = version
         self.expert_memory = expert_memory
         self.verify = verify
+        self.fast = fast
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config given to ``from_pretrained`` overrides in the checkpoint's own."""
@@ -75,8 +78,9 @@ class ExpertFlowConfig(QuantizationConfigMixin):
 class ExpertFlowQuantizer(HfQuantizer):
     """Takes the experts out of a model before its weights are read and puts one cache in their place.
 
-    After loading, ``model.expert_cache`` is that cache. Raises ExpertFlowError (BudgetError, CheckpointError)
-    before any weight is read when the folder, the model or the budget does not fit.
+    After loading, ``model.expert_store`` has the records and ``model.expert_cache`` is that cache. Raises
+    ExpertFlowError (BudgetError, CheckpointError) before any weight is read when the folder, the model or the budget
+    does not fit.
     """
 
     quantization_config: ExpertFlowConfig
@@ -132,7 +136,8 @@ class ExpertFlowQuantizer(HfQuantizer):
             self._reader.verify(full=True)
         self._store = ExpertStore(self._reader)
         self._budget = parse_budget(self.quantization_config.expert_memory, self._store.nbytes)
-        plan_slots(self._store.layers, self._budget)
+        if not self.quantization_config.fast:
+            plan_slots(self._store.layers, self._budget)
         self._modules = _matching_modules(model, self._reader.layers)
         for module in self._modules:
             _strip(module)
@@ -141,12 +146,24 @@ class ExpertFlowQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         device = next(model.parameters()).device
         store = ExpertStore(self._reader, pin=True) if device.type == "cuda" else self._store
-        cache = ExpertCache(store, self._budget, device)
-        cache.preload()
         del model.config.transformers_weights  # ours to set, not the model's to keep
         for layer, module in enumerate(self._modules):
-            attach(module, LayerExperts(cache, layer))
-        model.expert_cache = cache
+            attach(module, LayerExperts(None, layer))
+        model.expert_store = store
+        if not self.quantization_config.fast:
+            attach_cache(model, self._budget)
+
+
+def attach_cache(model: Any, budget_bytes: int) -> None:
+    """Give ``model``, which has its ``expert_store``, the plain path's cache of ``budget_bytes`` on its device.
+
+    Raises BudgetError when that is below one token's working set.
+    """
+    cache = ExpertCache(model.expert_store, budget_bytes, next(model.parameters()).device)
+    cache.preload()
+    for module in attached(model):
+        attach(module, LayerExperts(cache, getattr(module, NAME).layer))
+    model.expert_cache = cache
 
 
 def _matching_modules(model: Any, layers: list[LayerEntry]) -> list[Any]:

@@ -1,0 +1,129 @@
+"""From a loaded model to a fast runner: probe it, share out the memory, place the experts, capture the graphs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.offload.budget import BudgetError, format_bytes, format_bytes_up
+from expertflow_quant.offload.layer_slots import plan_layer_slots
+from expertflow_quant.offload.resident import ResidentExperts
+from expertflow_quant.offload.slots import LayerRecords
+from expertflow_quant.offload.staging import StagingRing
+from expertflow_quant.offload.store import ExpertStore
+from expertflow_quant.runtime.fast.decode import BUCKETS, DecodeGraphs, LookAhead, Routes
+from expertflow_quant.runtime.fast.kv import KVRows
+from expertflow_quant.runtime.fast.loop import FastRunner
+from expertflow_quant.runtime.fast.probe import Findings, probe, use_our_attention
+from expertflow_quant.runtime.streamed import StreamedExperts, StreamOptions
+
+CHUNK = 8
+"""Records that are staged and multiplied together."""
+
+CHUNKS = 4
+"""Chunks in the staging ring: the link runs ahead of the computation by up to so many."""
+
+STAGING_SHARE = 8
+"""Staging takes at most one part in so many of the experts' memory, and never less than two records."""
+
+
+@dataclass(frozen=True)
+class FastOptions:
+    """``rows``: most answers under way at once. ``room``: most tokens of a row, prompt and answer. ``prefill_tokens``:
+    most tokens of one pass over several prompts; a single prompt may fill its row."""
+
+    rows: int = 8
+    room: int = 4096
+    prefill_tokens: int = 8192
+    stream: StreamOptions | None = None
+    compile_layers: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("room", 2), ("prefill_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ExpertFlowError(f"{name} {getattr(self, name)} must be at least {least}")
+        if self.rows > BUCKETS[-1]:
+            raise ExpertFlowError(f"{self.rows} rows are more than the largest graph has: give at most {BUCKETS[-1]}")
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batch sizes that are captured: the usual ones up to the first that holds all rows."""
+        largest = next(bucket for bucket in BUCKETS if bucket >= self.rows)
+        return tuple(bucket for bucket in BUCKETS if bucket <= largest)
+
+
+@dataclass(frozen=True)
+class ExpertRoom:
+    """How a budget for experts is shared: slots' bytes, and the staging ring's slots and chunk."""
+
+    slot_bytes: int
+    ring_slots: int
+    chunk: int
+
+
+def share_expert_memory(layers: Sequence[LayerRecords], budget_bytes: int) -> ExpertRoom:
+    """Slots and staging that together take at most ``budget_bytes``.
+
+    Where all experts fit nothing is staged but a ring is kept, of one record. Raises BudgetError below two records of
+    the largest size: room to stage.
+    """
+    total = sum(sum(layer.nbytes) for layer in layers)
+    largest = max(max(layer.nbytes) for layer in layers)
+    if budget_bytes >= total:
+        return ExpertRoom(total, 1, 1)
+    if budget_bytes < 2 * largest:
+        raise BudgetError(
+            f"expert memory {format_bytes(budget_bytes)} has no room to stage two experts of {format_bytes(largest)}: "
+            f"raise --expert-memory to {format_bytes_up(2 * largest)} or use a smaller format"
+        )
+    records = max(2, min(CHUNK * CHUNKS, budget_bytes // STAGING_SHARE // largest))
+    chunk = max(1, records // CHUNKS)
+    ring_slots = records // chunk * chunk
+    return ExpertRoom(budget_bytes - ring_slots * largest, ring_slots, chunk)
+
+
+def build_fast(
+    model: Any,
+    tokenizer: Any,
+    end_ids: frozenset[int],
+    expert_budget: int,
+    options: FastOptions,
+    *,
+    routes: Routes | None = None,
+    make_ahead: Callable[[Findings], LookAhead] | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> FastRunner:
+    """A runner for ``model``, which has its ``expert_store`` and lies on its device. ``on_step`` hears what is done.
+
+    Raises FastPathError when the model needs something that the fast path does not have, BudgetError when
+    ``expert_budget`` bytes are too few.
+    """
+    told = on_step or (lambda text: None)
+    store: ExpertStore = model.expert_store
+    device = next(model.parameters()).device
+    use_our_attention(model)
+    findings = probe(model, device)
+    shared = share_expert_memory(store.layers, expert_budget)
+    told("placing experts")
+    # a plan of no slots at all is legal: everything is then read from the host
+    plan = plan_layer_slots(store.layers, max(1, shared.slot_bytes))
+    resident = ResidentExperts(store, plan, device)
+    resident.preload()
+    ring = StagingRing(device, shared.ring_slots, max(max(layer.nbytes) for layer in store.layers), shared.chunk)
+    streamed = StreamedExperts(resident, store, ring, options.stream)
+    dtype = next(model.parameters()).dtype
+    kv = KVRows(findings.kv, options.buckets[-1], options.room, dtype, device)
+    graphs = DecodeGraphs(
+        model,
+        kv,
+        resident,
+        findings,
+        options.buckets,
+        routes=routes,
+        ahead=make_ahead(findings) if make_ahead is not None else None,
+        compile_layers=options.compile_layers,
+    )
+    graphs.capture(lambda bucket: told(f"captured a graph for {bucket} rows"))
+    resident.reset_stats()
+    prefill_tokens = max(options.prefill_tokens, options.room)
+    return FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens)

@@ -1,0 +1,219 @@
+"""Decode: one token for every row under way, captured as one CUDA graph per batch size.
+
+Within a step nothing waits for the host: a layer's routed ids are resolved to addresses by a kernel, missing records
+are filled in by another, and the products read whatever address they are given. Rows have their own lengths; rows
+that are not active write into their own KV row only and touch no expert.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.kernels.attention import decode_attention
+from expertflow_quant.kernels.blocks import blocks_of, sort_pairs
+from expertflow_quant.kernels.few import few_product
+from expertflow_quant.kernels.gate import Gate
+from expertflow_quant.kernels.grouped import combine, grouped_rows
+from expertflow_quant.offload.resident import ResidentExperts
+from expertflow_quant.runtime.fast import passes
+from expertflow_quant.runtime.fast.attention import PassThrough
+from expertflow_quant.runtime.fast.compiled import compiled
+from expertflow_quant.runtime.fast.kv import KVRows
+from expertflow_quant.runtime.fast.passes import AttentionOptions
+from expertflow_quant.runtime.fast.probe import Findings
+
+BUCKETS = (1, 2, 4, 8, 16, 32)
+FEW_ROWS = 4
+"""Up to so many tokens every (token, expert) pair reads its record by itself; above, pairs of an expert share it."""
+
+BLOCK_TOKENS = 16
+Routes = Callable[[int, Tensor], Tensor]
+"""(MoE layer, routed ids ``[T, K]``) -> ids that run instead: how benchmarks make random weights follow a trace."""
+
+
+class LookAhead:
+    """Records of layers to come, filled in on a side stream while the present layers are computed.
+
+    ``guess(layer)`` gives ids ``[rows, n]`` that MoE layer ``layer`` is expected to want, at the time when layer
+    ``layer - distance`` has its own. A guess only moves bytes early: the router decides what runs, and what was not
+    guessed is filled in when it is routed.
+    """
+
+    def __init__(self, guess: Callable[[int], Tensor], distance: int, device: torch.device) -> None:
+        if distance < 1:
+            raise ExpertFlowError(f"a look-ahead of {distance} layers: it must be at least 1")
+        self.guess, self.distance = guess, distance
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
+class DecodePass:
+    """Answers the model during a step of ``rows`` rows."""
+
+    def __init__(
+        self,
+        kv: KVRows,
+        resident: ResidentExperts,
+        gates: Sequence[Gate],
+        active: Tensor,
+        rows: int,
+        routes: Routes | None = None,
+        ahead: LookAhead | None = None,
+    ) -> None:
+        self._kv, self._resident, self._gates = kv, resident, gates
+        self._active, self._rows, self._routes, self._ahead = active[:rows], rows, routes, ahead
+        self._filled: dict[int, Any] = {}
+
+    def begin(self) -> None:
+        """The first operations of a step."""
+        self._resident.begin_step()
+        self._filled.clear()
+        if self._ahead is not None:
+            for layer in range(min(self._ahead.distance, len(self._gates))):
+                self._prefetch(layer)
+
+    def end(self) -> None:
+        """The last ones: the side stream joins."""
+        if self._ahead is not None and self._ahead.stream is not None:
+            torch.cuda.current_stream().wait_stream(self._ahead.stream)
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        kept = self._kv.keys[layer], self._kv.values[layer], self._kv.lengths
+        return decode_attention(q, k, v, *kept, options.scaling, options.window, options.sinks)
+
+    def experts(self, layer: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self._routes is not None:
+            ids = self._routes(layer, ids)
+        if self._rows > 1:  # a single row that is not active is not stepped at all
+            ids = torch.where(self._active[:, None], ids, module.num_experts)
+        if self._ahead is not None:
+            self._prefetch(layer + self._ahead.distance)
+            if (filled := self._filled.pop(layer, None)) is not None:
+                torch.cuda.current_stream().wait_event(filled)
+        self._resident.resolve(layer, ids)
+        self._resident.fill(layer)
+        return self._product(layer, module, hidden, ids, weights)
+
+    def _product(self, layer: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        table, row_of = self._resident.tables[layer]
+        where = self._resident.addresses(layer), row_of, table, self._gates[layer]
+        if self._rows <= FEW_ROWS:
+            return few_product(hidden, ids, weights, *where)
+        rows = torch.empty(ids.numel(), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
+        blocks = blocks_of(sort_pairs(ids, module.num_experts), BLOCK_TOKENS)
+        grouped_rows(hidden, blocks, *where, rows)
+        return combine(rows, ids, weights, module.num_experts)
+
+    def _prefetch(self, layer: int) -> None:
+        ahead = self._ahead
+        if ahead is None or layer >= len(self._gates):
+            return
+        if ahead.stream is None:
+            self._resident.prefetch(layer, ahead.guess(layer))
+            return
+        ahead.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(ahead.stream):
+            self._resident.prefetch(layer, ahead.guess(layer))
+            self._filled[layer] = ahead.stream.record_event()
+
+
+class DecodeGraphs:
+    """Steps of up to ``buckets[-1]`` rows. ``capture`` first; then set ``tokens``, ``positions`` and ``active`` and
+    call ``step``: it runs rows ``[:bucket]``, leaves ``logits(bucket)`` and the greedy ``picked``, and makes everything
+    ready for the next step with the picked tokens as input.
+
+    On the CPU the same operations run without graphs. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kv: KVRows,
+        resident: ResidentExperts,
+        findings: Findings,
+        buckets: Sequence[int] = BUCKETS,
+        *,
+        routes: Routes | None = None,
+        ahead: LookAhead | None = None,
+        compile_layers: bool = True,
+    ) -> None:
+        self.model, self.kv, self.device = model, kv, kv.lengths.device
+        self.buckets = tuple(sorted(bucket for bucket in set(buckets) if bucket <= kv.rows))
+        rows = self.buckets[-1]
+        axes = (findings.position_axes,) if findings.position_axes else ()
+        self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+        self.positions = torch.zeros(*axes, rows, 1, dtype=torch.int64, device=self.device)
+        self.active = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        self.picked = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._passes = {
+            bucket: DecodePass(kv, resident, findings.gates, self.active, bucket, routes, ahead)
+            for bucket in self.buckets
+        }
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[int, Tensor] = {}
+        self._compile = compile_layers
+
+    def bucket(self, rows: int) -> int:
+        """The smallest bucket that holds ``rows`` rows."""
+        return next(bucket for bucket in self.buckets if bucket >= rows)
+
+    def capture(self, on_bucket: Callable[[int], None] | None = None) -> None:
+        """Compile and capture every bucket, largest first, so that the smaller ones find room in its pool."""
+        self.active.zero_()
+        self.kv.lengths.zero_()
+        if self.device.type != "cuda":
+            return
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in reversed(self.buckets):
+            self._capture(bucket, pool)
+            if on_bucket is not None:
+                on_bucket(bucket)
+        self.kv.lengths.zero_()
+
+    def step(self, bucket: int) -> None:
+        """One token more for rows ``[:bucket]``; asynchronous on a GPU."""
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.replay()
+        else:
+            self._run(bucket)
+
+    def logits(self, bucket: int) -> Tensor:
+        """``[bucket, vocabulary]`` of the last step of that bucket; overwritten by the next step of any."""
+        return self._logits[bucket]
+
+    def _capture(self, bucket: int, pool: Any) -> None:
+        layers = self.model.get_decoder().layers
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with compiled(layers, bucket) if self._compile else nullcontext():
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                for _ in range(2):  # compiles kernels and lets libraries allocate what they keep
+                    self._run(bucket)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            torch.cuda.synchronize(self.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._run(bucket)
+        self._graphs[bucket] = graph
+
+    def _run(self, bucket: int) -> None:
+        the_pass = self._passes[bucket]
+        with passes.running(the_pass):
+            the_pass.begin()
+            outputs = self.model(
+                input_ids=self.tokens[:bucket],
+                position_ids=self.positions[..., :bucket, :],
+                past_key_values=PassThrough(),
+                use_cache=True,
+            )
+            the_pass.end()
+            self._logits[bucket] = outputs.logits[:, -1]
+            picked = self.picked[:bucket]
+            torch.argmax(self._logits[bucket], dim=-1, out=picked)
+            self.tokens[:bucket, 0].copy_(picked)
+            self.positions[..., :bucket, :].add_(1)
+            self.kv.lengths[:bucket].add_(self.active[:bucket])

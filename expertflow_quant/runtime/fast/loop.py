@@ -1,0 +1,195 @@
+"""The fast runner: prompts in streamed passes, then steps of a captured graph until every answer has ended."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertflow_quant.offload.resident import ResidentExperts
+from expertflow_quant.offload.staging import StagingRing
+from expertflow_quant.offload.stats import CacheStats
+from expertflow_quant.runtime.answers import Sampling
+from expertflow_quant.runtime.fast import passes
+from expertflow_quant.runtime.fast.attention import PassThrough
+from expertflow_quant.runtime.fast.decode import DecodeGraphs
+from expertflow_quant.runtime.fast.prefill import PrefillPass
+from expertflow_quant.runtime.fast.probe import Findings, positions_of
+from expertflow_quant.runtime.fast.sampler import Sampler
+from expertflow_quant.runtime.plain import StopTexts, moved
+from expertflow_quant.runtime.prompts import Prompts
+from expertflow_quant.runtime.stream import Cancellable, TokenQueue
+from expertflow_quant.runtime.streamed import StreamedExperts
+
+
+class FastRunner:
+    """See ``runner.Runner``; built by ``build.build_fast``. ``graphs`` must have been captured."""
+
+    def __init__(
+        self,
+        graphs: DecodeGraphs,
+        resident: ResidentExperts,
+        streamed: StreamedExperts,
+        ring: StagingRing,
+        findings: Findings,
+        tokenizer: Any,
+        end_ids: frozenset[int],
+        prefill_tokens: int,
+    ) -> None:
+        self.graphs, self.resident, self.streamed, self.ring = graphs, resident, streamed, ring
+        self.model, self.kv = graphs.model, graphs.kv
+        self.device = graphs.device
+        self.prefill_tokens: int | None = prefill_tokens
+        self._findings, self._tokenizer, self._end_ids = findings, tokenizer, end_ids
+        self._prefills = CacheStats()
+
+    @property
+    def max_rows(self) -> int | None:
+        return self.graphs.buckets[-1]
+
+    @property
+    def room(self) -> int | None:
+        return self.kv.room
+
+    @property
+    def stats(self) -> CacheStats:
+        """Prefill's experts and decode's together; ``layers`` has those of decode alone."""
+        decoded = self.resident.stats
+        return replace(
+            decoded,
+            hits=decoded.hits + self._prefills.hits,
+            misses=decoded.misses + self._prefills.misses,
+            bytes_moved=decoded.bytes_moved + self._prefills.bytes_moved,
+        )
+
+    def reset_stats(self) -> None:
+        self.resident.reset_stats()
+        self._prefills = CacheStats()
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.resident.store.nbytes
+
+    @property
+    def device_expert_bytes(self) -> int:
+        """Slots and staging ring."""
+        return self.resident.device_bytes + self.ring.device_bytes
+
+    def run(
+        self,
+        batches: Sequence[Prompts],
+        sampling: Sampling,
+        streamer: TokenQueue | None = None,
+        cancellable: Cancellable | None = None,
+    ) -> list[list[int]]:
+        """See ``runner.Runner``: the batches' prompts are read one batch a pass and answered together."""
+        sampler = Sampler(sampling, self.device)
+        if streamer is not None:
+            streamer.put(batches[0].inputs["input_ids"])
+        with torch.inference_mode():
+            self.kv.lengths.zero_()
+            first = 0
+            for prompts in batches:
+                logits = self.prefill(prompts, first)
+                self.graphs.tokens[first : first + len(prompts), 0] = sampler.pick(logits)
+                first += len(prompts)
+            stop = StopTexts(self._tokenizer, sampling.stop, 0) if sampling.stop else None
+            return _Answers(self.graphs, first, self._end_ids, stop, streamer, cancellable).finish(sampling, sampler)
+
+    def prefill(self, prompts: Prompts, first: int) -> Tensor:
+        """Read ``prompts`` into rows ``first`` and on; logits ``[prompts, vocabulary]`` of their last tokens."""
+        inputs = moved(prompts.inputs, self.device)
+        padded = min(prompts.prompt_tokens) < prompts.width
+        valid = inputs["attention_mask"].reshape(-1).bool() if padded else None
+        rows = range(first, first + len(prompts))
+        the_pass = PrefillPass(self.kv, self.streamed, self._findings.gates, rows, prompts.prompt_tokens, valid)
+        self.streamed.begin(sum(prompts.prompt_tokens))
+        with passes.running(the_pass):
+            positions = positions_of(self.model, inputs)
+            outputs = self.model(
+                **inputs, position_ids=positions, past_key_values=PassThrough(), use_cache=True, logits_to_keep=1
+            )
+        self.graphs.positions[..., first : first + len(prompts), :] = positions[..., -1:] + 1
+        counts = torch.tensor(prompts.prompt_tokens, dtype=torch.int32)
+        self.kv.lengths[first : first + len(prompts)] = counts.to(self.device)
+        seen = self.streamed.stats
+        self._prefills = CacheStats(
+            self._prefills.hits + seen.experts_resident,
+            self._prefills.misses + seen.experts_streamed,
+            self._prefills.bytes_moved + seen.bytes_streamed,
+        )
+        return outputs.logits[:, -1]
+
+
+class _Answers:
+    """Rows ``[:rows]`` of ``graphs``, whose first tokens are chosen, until each has ended.
+
+    The host reads a token while the device works on the next, so a row that ends is stepped once more in vain.
+    """
+
+    def __init__(
+        self,
+        graphs: DecodeGraphs,
+        rows: int,
+        end_ids: frozenset[int],
+        stop: StopTexts | None,
+        streamer: TokenQueue | None,
+        cancellable: Cancellable | None,
+    ) -> None:
+        self._graphs, self._rows = graphs, rows
+        self._end_ids, self._stop = end_ids, stop
+        self._streamer, self._cancellable = streamer, cancellable
+        self._answers: list[list[int]] = [[] for _ in range(rows)]
+        self._open = [True] * rows
+        self._on_cuda = graphs.device.type == "cuda"
+
+    def finish(self, sampling: Sampling, sampler: Sampler) -> list[list[int]]:
+        graphs, rows = self._graphs, self._rows
+        bucket = graphs.bucket(rows)
+        self._set_active()
+        for left in reversed(range(sampling.max_new_tokens)):
+            read = self._reader(graphs.tokens[:rows, 0])
+            if left:
+                graphs.step(bucket)
+                if not sampler.greedy:
+                    graphs.tokens[:rows, 0] = sampler.pick(graphs.logits(bucket)[:rows])
+            if self._take(read()):
+                break
+        return self._answers
+
+    def _reader(self, tokens: Tensor) -> Callable[[], list[int]]:
+        """What gives ``tokens`` as they are now, however soon the device overwrites them."""
+        if not self._on_cuda:
+            now = tokens.tolist()
+            return lambda: now
+        kept = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        kept.copy_(tokens, non_blocking=True)
+        done = torch.cuda.current_stream(self._graphs.device).record_event()
+
+        def read() -> list[int]:
+            done.synchronize()
+            found: list[int] = kept.tolist()
+            return found
+
+        return read
+
+    def _take(self, tokens: Sequence[int]) -> bool:
+        """Add one token to every open answer; whether all have ended."""
+        before = list(self._open)
+        for row, token in enumerate(tokens):
+            if self._open[row]:
+                self._answers[row].append(token)
+                if self._streamer is not None:
+                    self._streamer.put(torch.tensor([token]))
+                self._open[row] = token not in self._end_ids and not (self._stop and self._stop.met(self._answers[row]))
+        if self._cancellable is not None and self._cancellable.event.is_set():
+            return True
+        if before != self._open and any(self._open):
+            self._set_active()
+        return not any(self._open)
+
+    def _set_active(self) -> None:
+        active = torch.zeros(self._graphs.active.shape, dtype=torch.bool, pin_memory=self._on_cuda)
+        active[: self._rows] = torch.tensor(self._open)
+        self._graphs.active.copy_(active, non_blocking=True)

@@ -1,0 +1,113 @@
+"""The plain runner: transformers' own ``generate``, on any device and for any model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from expertflow_quant.models.seams import expert_parameters, is_experts
+from expertflow_quant.offload.cache import ExpertCache
+from expertflow_quant.offload.stats import CacheStats
+from expertflow_quant.runtime.answers import Sampling, decode, find_stop
+from expertflow_quant.runtime.prompts import Prompts
+from expertflow_quant.runtime.stream import Cancellable, TokenQueue
+
+
+class PlainRunner:
+    """Runs ``model``, ours with its expert cache or an ordinary one, one batch of prompts after the other."""
+
+    max_rows: int | None = None
+    prefill_tokens: int | None = None
+    room: int | None = None
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self._tokenizer = model, tokenizer
+        self._cache: ExpertCache | None = getattr(model, "expert_cache", None)
+
+    @property
+    def stats(self) -> CacheStats:
+        return self._cache.stats if self._cache is not None else CacheStats()
+
+    def reset_stats(self) -> None:
+        if self._cache is not None:
+            self._cache.reset_stats()
+
+    @property
+    def expert_bytes(self) -> int:
+        return self._cache.store.nbytes if self._cache is not None else _plain_expert_bytes(self.model)
+
+    @property
+    def device_expert_bytes(self) -> int:
+        return self._cache.device_bytes if self._cache is not None else _plain_expert_bytes(self.model)
+
+    def run(
+        self,
+        batches: Sequence[Prompts],
+        sampling: Sampling,
+        streamer: TokenQueue | None = None,
+        cancellable: Cancellable | None = None,
+    ) -> list[list[int]]:
+        """See ``runner.Runner``."""
+        return [row for prompts in batches for row in self._batch(prompts, sampling, streamer, cancellable)]
+
+    def _batch(
+        self, prompts: Prompts, sampling: Sampling, streamer: TokenQueue | None, cancellable: Cancellable | None
+    ) -> list[list[int]]:
+        criteria: list[StoppingCriteria] = [cancellable] if cancellable is not None else []
+        if sampling.stop:
+            criteria.append(StopTexts(self._tokenizer, sampling.stop, prompts.width))
+        options: dict[str, Any] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+        }
+        if options["do_sample"]:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        with _seeded(sampling.seed, self.model.device):
+            sequences: Tensor = self.model.generate(
+                **moved(prompts.inputs, self.model.device),
+                **options,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                streamer=streamer,
+            )
+        rows: list[list[int]] = sequences[:, prompts.width :].tolist()
+        return rows
+
+
+class StopTexts(StoppingCriteria):
+    """Ends a row once its answer holds one of ``stop``; looks at the latest tokens only."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
+        self._tokenizer, self._stop, self._width = tokenizer, stop, width
+        self._tail = max(len(text.encode()) for text in stop) + 8
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tails = input_ids[:, max(self._width, input_ids.shape[1] - self._tail) :].tolist()
+        return torch.tensor([self.met(tail) for tail in tails], device=input_ids.device)
+
+    def met(self, tokens: Sequence[int]) -> bool:
+        """Whether the end of ``tokens``, all of them generated, holds a stop text."""
+        return find_stop(decode(self._tokenizer, tokens[-self._tail :]), self._stop) is not None
+
+
+def moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """``inputs`` with their tensors on ``device``."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from ``seed``, the caller's untouched; None draws from the global generator."""
+    devices = [device] if device.type == "cuda" else []
+    with nullcontext() if seed is None else torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def _plain_expert_bytes(model: Any) -> int:
+    modules = [module for module in model.modules() if is_experts(module)]
+    names = [(module, name) for module in modules for name in expert_parameters(module).values()]
+    return sum(module.get_parameter(name).nbytes for module, name in names)

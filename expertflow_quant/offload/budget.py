@@ -10,7 +10,7 @@ UNITS = {
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
 }
-KNOWN = "bytes (65536), an amount with a unit (2MiB, 1.5 GiB, 500 MB) or a share of all experts (25%)"
+KNOWN = "bytes (65536), an amount with a unit (2MiB, 1.5 GiB, 500 MB) or a share of {} (25%)"
 
 _AMOUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)?")
 
@@ -19,25 +19,29 @@ class BudgetError(ExpertFlowError):
     """An expert memory that cannot be read, or that cannot hold one token's working set."""
 
 
-def parse_budget(value: int | str, total_bytes: int) -> int:
-    """Bytes that ``value`` grants to experts whose records take ``total_bytes`` altogether.
+def parse_budget(value: int | str, total_bytes: int, what: str = "expert memory", whole: str = "all experts") -> int:
+    """Bytes that ``value`` grants of ``total_bytes``: to experts, whose records take so much altogether.
 
     A share is rounded down to whole bytes. An amount above the total is allowed and means: everything
     resident. Raises BudgetError for anything that is not an amount above zero, or a share above 100 %.
+    ``what`` is granted and ``whole`` has the total, in the words of these errors.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return _positive(value, value)
+    known = KNOWN.format(whole)
     match = _AMOUNT.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None:
-        raise BudgetError(f"expert memory {value!r} cannot be read: give {KNOWN}")
-    number, unit = float(match[1]), match[2] or "B"
-    if unit == "%":
-        if number > 100:
-            raise BudgetError(f"expert memory {value!r} is more than all experts: give at most 100%")
-        return _positive(math.floor(total_bytes * number / 100), value)
-    if unit.upper() not in UNITS:
-        raise BudgetError(f"expert memory {value!r} has the unknown unit {unit!r}: give {KNOWN}")
-    return _positive(math.floor(number * UNITS[unit.upper()]), value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        nbytes = value
+    elif match is None:
+        raise BudgetError(f"{what} {value!r} cannot be read: give {known}")
+    else:
+        number, unit = float(match[1]), match[2] or "B"
+        if unit == "%" and number > 100:
+            raise BudgetError(f"{what} {value!r} is more than {whole}: give at most 100%")
+        if unit != "%" and unit.upper() not in UNITS:
+            raise BudgetError(f"{what} {value!r} has the unknown unit {unit!r}: give {known}")
+        nbytes = math.floor(total_bytes * number / 100 if unit == "%" else number * UNITS[unit.upper()])
+    if nbytes <= 0:
+        raise BudgetError(f"{what} {value!r} is {nbytes} bytes: give {known}, above zero")
+    return nbytes
 
 
 def format_bytes(nbytes: int) -> str:
@@ -58,9 +62,3 @@ def format_bytes_up(nbytes: int) -> str:
             tenths = -(-nbytes * 10 // size)
             return f"{tenths // 10}.{tenths % 10} {unit}"
     return f"{nbytes} B"
-
-
-def _positive(nbytes: int, value: int | str) -> int:
-    if nbytes <= 0:
-        raise BudgetError(f"expert memory {value!r} is {nbytes} bytes: give {KNOWN}, above zero")
-    return nbytes

@@ -81,8 +81,8 @@ def vision_bytes(vision: Any, patches: int, dtype: torch.dtype) -> tuple[int, in
 
     With P patches, C values a patch, H hidden, I intermediate, F one set of features: ``P C (4 + d)`` pixels,
     ``P H (4 d + 12)`` stream and norm, then the larger of attention, ``P H (10 d + 48)`` as it rotates queries and
-    keys in float32 (three times four bytes of each of four copies), and of ``3 P I d``; F is ``P / merge^2`` tokens of the text's width in ``d``, one
-    for the last layer and each deepstack layer, twice while they are put together.
+    keys in float32 (three times four bytes of each of four copies), and of ``3 P I d``; F is ``P / merge^2`` tokens
+    of the text's width in ``d``, one for the last layer and each deepstack layer, twice while they are put together.
     """
     d, hidden = dtype.itemsize, _first(vision, "hidden_size", "embed_dim")
     intermediate = _first(vision, "intermediate_size") or 4 * hidden

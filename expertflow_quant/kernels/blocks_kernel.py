@@ -24,10 +24,11 @@ def launch_plan(
         pairs,
         bound,
         num_experts,
+        PAIRS=max(TILE, triton.next_power_of_2(pairs)),
         BLOCK=block_tokens,
         EXPERTS=max(TILE, triton.next_power_of_2(num_experts)),
         TILE=TILE,
-        num_warps=4,
+        num_warps=_warps(num_experts),
     )
 
 
@@ -49,8 +50,13 @@ def launch_cut(
         BLOCK=block_tokens,
         EXPERTS=max(TILE, triton.next_power_of_2(count)),
         TILE=TILE,
-        num_warps=4,
+        num_warps=_warps(count),
     )
+
+
+def _warps(experts: int) -> int:
+    """Enough threads that a TILE x experts comparison stays in registers."""
+    return 4 if experts <= 256 else 8 if experts <= 512 else 16
 
 
 @triton.jit
@@ -63,18 +69,19 @@ def _plan(
     pairs,
     bound,
     num_experts,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
     EXPERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """order[rank of pair] = pair for this program's pairs, then this program's blocks."""
+    """order[rank of pair] = pair for this program's pairs, then this program's blocks. PAIRS: pairs, rounded up."""
     mine = tl.program_id(0) * TILE + tl.arange(0, TILE)
     key = _keys(ids, mine, pairs, num_experts)
     experts = tl.arange(0, EXPERTS)
     rank = tl.zeros((TILE,), tl.int32)
     first = tl.zeros((EXPERTS,), tl.int32)
     count = tl.zeros((EXPERTS,), tl.int32)
-    for other in range(0, pairs, TILE):
+    for other in range(0, PAIRS, TILE):
         theirs = other + tl.arange(0, TILE)
         seen = _keys(ids, theirs, pairs, num_experts)
         ahead = (seen[None, :] < key[:, None]) | ((seen[None, :] == key[:, None]) & (theirs[None, :] < mine[:, None]))

@@ -242,6 +242,28 @@ def test_combine_writes_where_it_is_told(device: str) -> None:
         combine(rows[:1], ids, weights, 1)
 
 
+@pytest.mark.parametrize("wrong", ["gate_up", "down", "index_of"])
+def test_wrong_dense_weights_are_refused(device: str, wrong: str) -> None:
+    experts = RandomExperts(["int4-g8"], 2, SHAPE, device)
+    table, row_of = experts.table()
+    ids = torch.zeros(3, 2, dtype=torch.int64, device=device)
+    given = {name: torch.zeros(2, *size, device=device) for name, size in SHAPE.matrices.items()}
+    given["index_of"] = torch.zeros(2, dtype=torch.int32, device=device)
+    given[wrong] = given[wrong].double()
+    hidden, rows = torch.zeros(3, 64, device=device), torch.zeros(6, 64, device=device)
+    with pytest.raises(ExpertFlowError, match=f"{wrong} is torch.float64"):
+        grouped_dense(hidden, plan_blocks(ids, 2, 16), *given.values(), experts.addresses, row_of, table, SILU, rows)
+
+
+def test_tensors_of_two_devices_are_refused(device: str) -> None:
+    experts = RandomExperts(["int4-g8"], 2, SHAPE, device)
+    table, row_of = experts.table()
+    blocks = plan_blocks(torch.zeros(3, 2, dtype=torch.int64, device=device), 2, 16)
+    hidden, rows = torch.zeros(3, 64, device=device), torch.zeros(6, 64, device=device)
+    with pytest.raises(ExpertFlowError, match="one device"):
+        grouped_rows(hidden, blocks, experts.addresses.to("meta"), row_of, table, SILU, rows)
+
+
 @pytest.mark.parametrize("wrong", ["hidden", "rows", "addresses"])
 def test_wrong_arguments_are_refused(device: str, wrong: str) -> None:
     experts = RandomExperts(["int4-g8"], 2, SHAPE, device)

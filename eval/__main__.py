@@ -1,13 +1,14 @@
 """``python -m eval OUT --against MODEL --dense DENSE``: judge a quantized model on held-out charts and
-documents."""
+documents. ``python -m eval speed TARGET --out FILE``: measure how fast one runs."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from eval.judge import Comparison, Judgement, System, compare, judge
 from eval.plots import judgement_figure, save
@@ -22,14 +23,27 @@ from eval.report import (
     write_json,
 )
 from eval.runner import progress_bar
+from eval.speed.command import speed
 from eval.stats import CONFIDENCE, MARGIN_DENSE, MARGIN_OWN, RESAMPLES
 from eval.tasks import Task, generated_tasks
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+JUDGE = "judge"
+
+
+class JudgeUnlessNamed(TyperGroup):
+    """Commands by name; what starts with none of them is for ``judge``, which needs no name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else [JUDGE, *args])
+
+
+app = typer.Typer(cls=JudgeUnlessNamed, add_completion=False, pretty_exceptions_enable=False)
+app.command()(speed)
 RESULTS = Path(__file__).parent / "results"
 
 
-@app.command()
+@app.command(JUDGE)
 def main(
     out: Annotated[Path, typer.Argument(help="the quantized checkpoint")],
     against: Annotated[Path, typer.Option(help="the model it was made from, in full precision")],

@@ -36,9 +36,9 @@ def provenance(module: str, arguments: Sequence[str], device: str) -> dict[str, 
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of the packages that can change an answer."""
-    return {name: _version(name) for name in PACKAGES}
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
+    """Installed versions, by default of the packages that can change an answer."""
+    return {name: _version(name) for name in packages}
 
 
 def device_name(device: str) -> str:

@@ -29,8 +29,11 @@ class Tile:
     unroll: int = 1
 
 
-UP_TILE = Tile(rows=16, units=256, warps=4)
-DOWN_TILE = Tile(rows=8, units=128, warps=4, unroll=2)
+UP_TILE = Tile(rows=16, units=256, warps=2)
+DOWN_TILE = Tile(rows=8, units=256, warps=4, unroll=3)
+UP_TILE_MIXED = Tile(rows=16, units=128, warps=2)
+"""For tables of several layouts, whose numbers take registers too: a larger tile spills."""
+DOWN_TILE_MIXED = Tile(rows=8, units=128, warps=4)
 
 
 def few_product(
@@ -43,8 +46,8 @@ def few_product(
     gate: Gate,
     out: Tensor | None = None,
     *,
-    up_tile: Tile = UP_TILE,
-    down_tile: Tile = DOWN_TILE,
+    up_tile: Tile | None = None,
+    down_tile: Tile | None = None,
 ) -> Tensor:
     """Sum over k of ``weights[t, k] * expert(ids[t, k])(hidden[t])``, ``[T, H]`` in hidden's dtype.
 
@@ -67,6 +70,9 @@ def few_product(
         return out
     if not use_triton(hidden):
         return out.copy_(few_product_reference(hidden, ids, weights, addresses, row_of, table, gate))
+    mixed = len(table.layouts) > 1
+    up_tile = up_tile or (UP_TILE_MIXED if mixed else UP_TILE)
+    down_tile = down_tile or (DOWN_TILE_MIXED if mixed else DOWN_TILE)
     inner = _inner(hidden, ids, addresses, row_of, table, gate, up_tile)
     _down(inner, ids, weights, addresses, row_of, table, out, down_tile)
     return out
@@ -99,6 +105,7 @@ def _inner(
         BLOCK=_units(tile, shape.hidden),
         **_constants(table.layouts),
         num_warps=tile.warps,
+        enable_fp_fusion=True,
     )
     return inner if fused else gate.apply(inner).contiguous()
 
@@ -133,6 +140,7 @@ def _down(
         UNROLL=tile.unroll,
         **_constants(table.layouts),
         num_warps=tile.warps,
+        enable_fp_fusion=True,
     )
 
 
@@ -169,7 +177,7 @@ def _check(hidden: Tensor, ids: Tensor, weights: Tensor, addresses: Tensor, row_
             f"weights are {weights.dtype} {tuple(weights.shape)}: they must be floating {tuple(ids.shape)}, like ids"
         )
     for name, tensor, dtype in (("addresses", addresses, torch.int64), ("row_of", row_of, torch.int32)):
-        if tensor.dtype != dtype or tensor.shape != (len(row_of),):
+        if tensor.dtype != dtype or tensor.shape != (addresses.numel(),):
             raise ExpertFlowError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be {dtype}, one for each expert"
             )

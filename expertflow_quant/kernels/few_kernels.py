@@ -152,7 +152,8 @@ def _tile(
     base,
     row,
     table,
-    out_rows,
+    first,
+    ahead,
     unit,
     x,
     x_at,
@@ -167,18 +168,21 @@ def _tile(
 ):
     """float32 ``[R, B]``: what each unit adds to the rows' products, times ``factor``.
 
-    ``base`` (the record's address) and ``row`` (in the table) are scalars, or ``[1, B]`` where every unit has its own
-    record; ``out_rows [R]``, ``unit``, ``x_at`` (the unit's place in ``x``), ``mask`` all ``[B]``; ``factor`` as base.
+    ``base`` (the record's address), ``row`` (in the table) and ``factor`` are scalars, or ``[1, B]`` where every unit
+    has its own record; rows are ``first + ahead``, a scalar and ``[R]``; ``unit``, ``x_at`` (the unit's place in ``x``)
+    and ``mask`` are ``[B]``.
     """
-    rows = out_rows[:, None]
+    rows = ahead[:, None]
     units = unit[None, :]
     inside = mask[None, :]
-    words = _words(base + _field(table, row, FIELDS[0], LAYOUT), rows * UNITS + units, inside, BITS)
+    codes = base + _field(table, row, FIELDS[0], LAYOUT) + first * (UNITS * BITS)
+    words = _words(codes, rows * UNITS + units, inside, BITS)
     if BITS != 16:
         group_units = _field(table, row, FIELDS[3], LAYOUT)
-        group = rows * _quotient(UNITS, group_units, LAYOUT) + _quotient(units, group_units, LAYOUT)
-        scales = (base + _field(table, row, FIELDS[1], LAYOUT)).to(tl.pointer_type(tl.float16))
-        scale = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32) * factor
+        groups = _quotient(UNITS, group_units, LAYOUT)
+        group = rows * groups + _quotient(units, group_units, LAYOUT)
+        scales = base + _field(table, row, FIELDS[1], LAYOUT) + first * groups * 2
+        scale = tl.load(scales.to(tl.pointer_type(tl.float16)) + group, mask=inside, other=0.0).to(tl.float32) * factor
     lane = tl.arange(0, 8)[None, :]
     values = tl.load(x + (x_at[:, None] + lane), mask=mask[:, None], other=0.0)
     if INPUT_SCALE:
@@ -191,7 +195,7 @@ def _tile(
         return _four(_four(0.0, words[0], lanes, 0), words[1], lanes, 4) * factor
     else:
         sums = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
-        zero = _zero(base, row, table, group, inside, FIELDS, LAYOUT, ZEROS)
+        zero = _zero(base + first * groups, row, table, group, inside, FIELDS, LAYOUT, ZEROS)
         return (_code_dots(words, lanes, BITS) * _SHRINK - zero * sums) * scale
 
 
@@ -200,7 +204,8 @@ def _pair_rows(
     base,
     row,
     table,
-    out_rows,
+    first,
+    ahead,
     x,
     x_start,
     factor,
@@ -217,11 +222,20 @@ def _pair_rows(
     for start in tl.range(0, UNITS, BLOCK):
         unit = start + tl.arange(0, BLOCK)
         part = _tile(
-            base, row, table, out_rows, unit, x, x_start + unit * 8, factor, unit < UNITS,
+            base, row, table, first, ahead, unit, x, x_start + unit * 8, factor, unit < UNITS,
             FIELDS, UNITS, BITS, LAYOUT, ZEROS, INPUT_SCALE,
         )  # fmt: skip
         total += part
     return total
+
+
+@triton.jit
+def _ahead(first, lane, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """``lane``, held back where the last block has more rows than are left: it reads the last one again."""
+    if ROWS % BLOCK == 0:
+        return lane
+    else:
+        return tl.minimum(first + lane, ROWS - 1) - first
 
 
 @triton.jit
@@ -261,21 +275,21 @@ def gate_up_kernel(
         lane = tl.arange(0, ROWS)
         if FUSED:
             first = tl.program_id(0) * (ROWS // 2)
-            out_rows = tl.minimum(first + lane // 2, OUT - 1) + (lane % 2) * OUT
+            ahead = _ahead(first, lane // 2, OUT, ROWS // 2) + (lane % 2) * OUT
         else:
             first = tl.program_id(0) * ROWS
-            out_rows = tl.minimum(first + lane, OUT - 1)
+            ahead = _ahead(first, lane, OUT, ROWS)
         bits = _field(table, row, _BITS, LAYOUT)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for index in tl.static_range(len(WIDTHS)):
             if len(WIDTHS) == 1 or bits == WIDTHS[index]:
                 total = _pair_rows(
-                    base, row, table, out_rows, hidden, (pair // TOP_K) * HIDDEN, 1.0, total,
+                    base, row, table, first, ahead, hidden, (pair // TOP_K) * HIDDEN, 1.0, total,
                     _UP, HIDDEN // 8, BLOCK, WIDTHS[index], LAYOUT, ZEROS, INPUT_SCALE,
                 )  # fmt: skip
         sums = tl.sum(total, 1)
         if BIAS:
-            sums += _bias(base, row, table, out_rows, _UP_BIAS, LAYOUT)
+            sums += _bias(base, row, table, first + ahead, _UP_BIAS, LAYOUT)
         if FUSED:
             gate, up = tl.split(tl.reshape(sums, (ROWS // 2, 2)))
             place = first + tl.arange(0, ROWS // 2)
@@ -315,7 +329,7 @@ def down_kernel(
     UNITS: tl.constexpr = INTERMEDIATE // 8
     token = tl.program_id(1)
     first = tl.program_id(0) * ROWS
-    out_rows = tl.minimum(first + tl.arange(0, ROWS), HIDDEN - 1)
+    ahead = _ahead(first, tl.arange(0, ROWS), HIDDEN, ROWS)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     if len(WIDTHS) == 1:
         for start in tl.range(0, TOP_K * UNITS, BLOCK, loop_unroll_factor=UNROLL):
@@ -328,7 +342,7 @@ def down_kernel(
             row = tl.load(row_of + expert, mask=valid, other=0)
             weight = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
             total += _tile(
-                base[None, :], row[None, :], table, out_rows, unit, inner, pair * INTERMEDIATE + unit * 8,
+                base[None, :], row[None, :], table, first, ahead, unit, inner, pair * INTERMEDIATE + unit * 8,
                 weight[None, :], valid, _DOWN, UNITS, WIDTHS[0], LAYOUT, ZEROS, False,
             )  # fmt: skip
     else:
@@ -343,7 +357,7 @@ def down_kernel(
                 for index in tl.static_range(len(WIDTHS)):
                     if bits == WIDTHS[index]:
                         total = _pair_rows(
-                            base, row, table, out_rows, inner, pair * INTERMEDIATE, weight, total,
+                            base, row, table, first, ahead, inner, pair * INTERMEDIATE, weight, total,
                             _DOWN, UNITS, BLOCK, WIDTHS[index], LAYOUT, ZEROS, False,
                         )  # fmt: skip
     sums = tl.sum(total, 1)
@@ -352,7 +366,9 @@ def down_kernel(
             expert = tl.load(ids + token * TOP_K + choice)
             if expert < experts:
                 weight = tl.load(weights + token * TOP_K + choice).to(tl.float32)
-                bias = _bias(tl.load(addresses + expert), tl.load(row_of + expert), table, out_rows, _DOWN_BIAS, LAYOUT)
+                base = tl.load(addresses + expert)
+                row = tl.load(row_of + expert)
+                bias = _bias(base, row, table, first + ahead, _DOWN_BIAS, LAYOUT)
                 sums += weight * bias
     place = first + tl.arange(0, ROWS)
     tl.store(out + token * HIDDEN + place, sums.to(out.dtype.element_ty), mask=place < HIDDEN)

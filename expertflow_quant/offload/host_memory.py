@@ -16,7 +16,6 @@ SLAB_BYTES = 256 * 2**20
 SLAB_RECORDS = 8
 """A slab holds at least so many of the largest records, so that its unused end is at most an eighth of it."""
 
-_MADV_WILLNEED = 3
 _MADV_PAGEOUT = 21
 _CGROUPS = (
     ("sys/fs/cgroup", "memory.max", "memory.current"),
@@ -72,12 +71,7 @@ def release(mapped: Iterable[Tensor]) -> None:
             start = spans.pop()[0]
         spans.append((start, end))
     for start, end in spans:
-        _advise(start, end, _MADV_PAGEOUT)
-
-
-def will_need(mapped: Tensor) -> None:
-    """Advise the system to read all of ``mapped`` from its file now, in large pieces. Advice only."""
-    _advise(mapped.data_ptr(), mapped.data_ptr() + mapped.numel(), _MADV_WILLNEED)
+        _page_out(start, end)
 
 
 def copy_bytes(target: Tensor, source: Tensor) -> None:
@@ -127,13 +121,13 @@ def _table(path: Path) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
 
-def _advise(start: int, end: int, advice: int) -> None:
+def _page_out(start: int, end: int) -> None:
     madvise = _madvise()
     page = os.sysconf("SC_PAGE_SIZE")
     # Whole pages only. The last one stays: what comes next begins in it.
     first, last = start // page * page, end // page * page
     if madvise is not None and last > first:
-        madvise(first, last - first, advice)
+        madvise(first, last - first, _MADV_PAGEOUT)
 
 
 @cache

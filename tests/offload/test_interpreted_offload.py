@@ -1,0 +1,11 @@
+"""The controller's Triton kernels against their twins, in Triton's interpreter."""
+
+from pathlib import Path
+
+import pytest
+from helpers import interpreted
+
+
+@pytest.mark.parametrize("file", interpreted.files(__file__), ids=lambda file: file.stem)
+def test_kernels_pass_in_the_interpreter(file: Path) -> None:
+    interpreted.check(file)

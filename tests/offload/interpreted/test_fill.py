@@ -1,0 +1,46 @@
+"""What the fill kernel leaves in the slots is the records, and nothing else is touched."""
+
+import pytest
+import torch
+
+from expertflow_quant.offload.fill import fill
+from expertflow_quant.offload.resident_tables import ResidentTables
+from expertflow_quant.offload.slots import LayerRecords
+
+
+def make(nbytes, device):
+    """Tables whose todo list says: record e to slot e; source and target bytes behind them."""
+    generator = torch.Generator().manual_seed(0)
+    host = [torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator) for n in nbytes]
+    if device == "cuda":
+        host = [each.pin_memory() for each in host]
+    slots = [torch.zeros(n, dtype=torch.uint8, device=device) for n in nbytes]
+    layers = [LayerRecords(tuple(nbytes), 1)]
+    plan = (tuple((n, nbytes.count(n)) for n in sorted(set(nbytes))),)
+    sources, targets = ([each.data_ptr() for each in side] for side in (host, slots))
+    tables = ResidentTables(layers, plan, [sources], [targets], device)
+    rows = tables.layer(0)
+    rows.todo_src[: len(nbytes)] = torch.tensor(sources)
+    rows.todo_dst[: len(nbytes)] = torch.tensor(targets)
+    rows.todo_nbytes[: len(nbytes)] = torch.tensor(nbytes, dtype=torch.int32)
+    return rows, host, slots
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_only_what_is_on_the_list_is_copied(count, device):
+    rows, host, slots = make([1024, 256, 768, 512], device)
+    rows.todo_count[0] = count
+    fill(rows)
+    for entry, (record, slot) in enumerate(zip(host, slots, strict=True)):
+        assert torch.equal(slot.cpu(), record if entry < count else torch.zeros_like(record))
+
+
+@pytest.mark.parametrize(("programs", "block"), [(1, 64), (3, 64), (3, 128), (32, 4096)])
+def test_any_number_of_programs_and_any_block_copies_everything(programs, block, device):
+    from expertflow_quant.offload.fill_kernel import launch_fill
+
+    rows, host, slots = make([4096, 256, 1280, 1280, 256], device)
+    rows.todo_count[0] = 5
+    launch_fill(rows, programs=programs, block=block, num_warps=4)
+    for record, slot in zip(host, slots, strict=True):
+        assert torch.equal(slot.cpu(), record)

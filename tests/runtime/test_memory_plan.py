@@ -219,7 +219,9 @@ def test_on_a_gpu_the_peak_of_a_piece_of_work_is_measured():
         two = torch.zeros(50 * MiB, dtype=torch.uint8, device="cuda")
         del one, two
 
-    assert 150 * MiB <= measure_peak(work) <= 190 * MiB
+    torch.cuda.empty_cache()
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    assert 150 * MiB <= measure_peak(work) <= 190 * MiB + unused
     assert held.numel() == 64 * MiB
     assert 100 * MiB < driver_bytes()
 

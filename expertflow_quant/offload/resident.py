@@ -33,7 +33,8 @@ class ResidentExperts:
         self.store, self.device = store, torch.device(device)
         if self.device.type == "cuda" and not store.pinned:
             raise ExpertFlowError(
-                f"the records are not pinned, so {self.device} cannot read them: make the store with pin=True"
+                f"not all records are pinned, so {self.device} cannot read them: make the store with pin=True and "
+                "host_memory for all of them"
             )
         self._offsets, slot_bytes = _offsets(plan)
         self._slots = _aligned(slot_bytes, self.device)

@@ -41,8 +41,17 @@ def raw_codes(codes, rows, unit, inside, COLUMNS: tl.constexpr, BITS: tl.constex
             word = tl.load(byte, mask=mask, other=0).to(tl.int32)
             word |= tl.load(byte + 1, mask=mask, other=0).to(tl.int32) << 8
             word |= tl.load(byte + 2, mask=mask, other=0).to(tl.int32) << 16
-        code = (word[:, :, None] >> (lane * BITS)) & ((1 << BITS) - 1)
+        code = _spread(word, BITS) & ((1 << BITS) - 1)
     return code
+
+
+@triton.jit
+def _spread(word, BITS: tl.constexpr):
+    """``[rows, units, 8]``: word shifted to each of its codes. Joined, not broadcast: the eight stay in one thread."""
+    word = tl.join(word, word >> (4 * BITS))
+    word = tl.join(word, word >> (2 * BITS))
+    word = tl.join(word, word >> BITS)
+    return tl.reshape(word, (word.shape[0], word.shape[1], 8))
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertflow_quant.formats.record import ExpertShape
 from expertflow_quant.kernels.blocks import BLOCK_TOKENS, Sorted, blocks_of, sort_pairs
 from expertflow_quant.kernels.gate import Gate
 from expertflow_quant.kernels.grouped import grouped_dense, grouped_rows
@@ -43,14 +44,14 @@ def cut_tokens(hidden: Tensor, ids: Tensor, rows: Tensor, experts: int, max_pair
 class LayerProduct:
     """Writes the rows of all pairs of ``parts`` whose expert is given to ``run``.
 
-    ``addresses`` int64 ``[E]`` must be right for those experts when ``run`` is called. ``index_of`` int32 ``[E]``: each
-    expert's place among those that are decoded together. ``tokens_per_expert`` sizes the blocks.
+    ``addresses`` int64 ``[E]`` must be right for those experts when ``run`` is called. ``places`` int32 ``[E]``: each
+    expert's place among those that come in one call. ``tokens_per_expert`` sizes the blocks.
     """
 
     table: LayoutTable
     row_of: Tensor
     addresses: Tensor
-    index_of: Tensor
+    places: Tensor
     gate: Gate
     parts: list[Part]
     tokens_per_expert: float
@@ -63,26 +64,20 @@ class LayerProduct:
             grouped_rows(part.hidden, blocks, self.addresses, self.row_of, self.table, self.gate, part.rows)
 
     def run_dense(self, experts: Tensor, most: int) -> None:
-        """Decode ``experts`` int32 ``[n]``, at most ``most``, once for all tokens, then multiply."""
+        """Decode ``experts`` int32 ``[n]`` once for all tokens, ``most`` of them at a time, and multiply."""
         if not self.parts:
             return
-        gate_up, down = (matrix[: experts.shape[0]] for matrix in self._room(most))
-        addresses, row_of = (every.index_select(0, experts) for every in (self.addresses, self.row_of))
-        unpack_records(addresses, row_of, self.table, gate_up, down)
-        for part in self.parts:
-            blocks = blocks_of(part.pairs, block_tokens(self.tokens_per_expert, BLOCK_TOKENS[-1]), experts)
-            grouped_dense(
-                part.hidden,
-                blocks,
-                gate_up,
-                down,
-                self.index_of,
-                self.addresses,
-                self.row_of,
-                self.table,
-                self.gate,
-                part.rows,
-            )
+        # an expert that is in no block has some index too, which nobody reads
+        index_of = self.places % most
+        size = block_tokens(self.tokens_per_expert, BLOCK_TOKENS[-1])
+        for some in torch.split(experts, most):
+            gate_up, down = (matrix[: some.shape[0]] for matrix in self._room(most))
+            addresses, row_of = (every.index_select(0, some) for every in (self.addresses, self.row_of))
+            unpack_records(addresses, row_of, self.table, gate_up, down)
+            for part in self.parts:
+                blocks = blocks_of(part.pairs, size, some)
+                own = (self.addresses, self.row_of, self.table, self.gate)
+                grouped_dense(part.hidden, blocks, gate_up, down, index_of, *own, part.rows)
 
     def _room(self, most: int) -> tuple[Tensor, Tensor]:
         """Room for ``most`` decoded experts, the same for every call."""
@@ -98,15 +93,24 @@ def block_tokens(tokens_per_expert: float, most: int) -> int:
     return next((size for size in BLOCK_TOKENS if size >= tokens_per_expert or size >= most), most)
 
 
+def decoded_together(shape: ExpertShape, experts: int, dtype: torch.dtype, nbytes: int) -> int:
+    """How many of ``experts`` experts are decoded at a time: as ``nbytes`` allow, but at least one."""
+    return max(1, min(experts, nbytes // (_values(shape) * dtype.itemsize)))
+
+
 def scratch_bytes(
-    table: LayoutTable, top_k: int, tokens: int, max_pairs: int, decoded: int, dtype: torch.dtype, fused: bool
+    shape: ExpertShape, top_k: int, tokens: int, max_pairs: int, decoded: int, dtype: torch.dtype, fused: bool
 ) -> int:
     """Device bytes of one layer over ``tokens`` tokens, at most: rows, result, what lies between the two products of
     a part, ``decoded`` experts' matrices, plans. Allocations' rounding is not in it."""
-    shape, pairs = table.shape, tokens * top_k
+    pairs = tokens * top_k
     together = min(pairs, max(max_pairs, top_k))
     up_rows = shape.matrices["gate_up"][0]
     inner = shape.intermediate if fused and shape.has_gate else up_rows + GATE_COPIES * shape.intermediate
-    matrices = decoded * sum(rows * columns for rows, columns in shape.matrices.values())
-    values = (pairs + 2 * tokens) * shape.hidden + together * inner + matrices
+    values = (pairs + 2 * tokens) * shape.hidden + together * inner + decoded * _values(shape)
     return values * dtype.itemsize + pairs * PLAN_BYTES
+
+
+def _values(shape: ExpertShape) -> int:
+    """Weights of one expert."""
+    return sum(rows * columns for rows, columns in shape.matrices.values())

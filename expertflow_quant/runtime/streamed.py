@@ -33,6 +33,10 @@ AHEAD_COVERAGE = 0.8
 MAX_PAIRS = 1 << 16
 """Pairs multiplied at once: bounds the memory between the two products."""
 
+DENSE_BYTES = 192 << 20
+"""Room for experts that are decoded before they are multiplied, unless one alone needs more. An estimate: 16 or more
+experts of a fine-grained model, whose blocks keep every processor of a large GPU busy."""
+
 SLACK_BYTES = 1 << 20
 """For the rounding of allocations and tensors whose size does not depend on the tokens."""
 
@@ -42,13 +46,15 @@ class StreamOptions:
     """``multiply``: decode "in kernel", or "on load" and multiply dense; "auto" takes the latter from
     ``dense_tokens`` tokens per expert on, unless the records are dense in that dtype already. ``stage``: all missing
     experts "ahead", or only routed ones "on demand", which waits for the device once in each layer; "auto" takes the
-    former where ``expected_coverage`` of every layer reaches ``ahead_coverage``. ``max_pairs``: see MAX_PAIRS."""
+    former where ``expected_coverage`` of every layer reaches ``ahead_coverage``. ``max_pairs``, ``dense_bytes``: see
+    MAX_PAIRS, DENSE_BYTES."""
 
     multiply: Literal["auto", "in kernel", "on load"] = "auto"
     stage: Literal["auto", "ahead", "on demand"] = "auto"
     dense_tokens: float = DENSE_TOKENS
     ahead_coverage: float = AHEAD_COVERAGE
     max_pairs: int = MAX_PAIRS
+    dense_bytes: int = DENSE_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,12 @@ def expected_coverage(experts: int, top_k: int, tokens: int) -> float:
 @dataclass(frozen=True)
 class _Order:
     """A layer's experts in the order in which they are computed, int64 ``[n]``: the first ``residents`` from their
-    slots, the others streamed. ``short`` is the same in int32. ``index_of`` int32 ``[E]``: each expert's place among
-    those of its chunk."""
+    slots, the others streamed. ``short`` is the same in int32. ``places`` int32 ``[E]``: each expert's place among the
+    residents or in its chunk, -1 where it is in neither."""
 
     experts: Tensor
     short: Tensor
-    index_of: Tensor
+    places: Tensor
     residents: int
 
 
@@ -155,46 +161,47 @@ class StreamedExperts:
             table,
             row_of,
             self._resident.addresses(layer).clone(),
-            order.index_of,
+            order.places,
             gate,
             cut_tokens(hidden.contiguous(), ids, rows, experts, self._options.max_pairs),
             self._tokens_per_expert(layer, self._tokens),
         )
-        self._multiply(product, order, self._multiplies_dense(layer, self._tokens, hidden.dtype))
+        self._multiply(product, order, self._decoded_together(layer, self._tokens, hidden.dtype))
         return combine(rows, ids, weights, experts)
 
     def scratch_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16, fused: bool = True) -> int:
         """What a pass over ``tokens`` tokens, padding included, allocates on the device at once, at most: rows, result,
         what lies between the two products, decoded matrices, plans; not slots and ring. ``dtype`` is that of the hidden
         states, ``fused``: whether kernels compute the gate."""
-        options, layers = self._options, self._store.layers
-        decoded = [
-            min(self._ring.chunk, len(layer.nbytes)) if self._multiplies_dense(index, tokens, dtype) else 0
-            for index, layer in enumerate(layers)
-        ]
+        layers = self._store.layers
         largest = max(
             layer_product.scratch_bytes(
-                self._resident.tables[index][0], layer.top_k, tokens, options.max_pairs, decoded[index], dtype, fused
+                self._resident.tables[index][0].shape,
+                layer.top_k,
+                tokens,
+                self._options.max_pairs,
+                self._decoded_together(index, tokens, dtype),
+                dtype,
+                fused,
             )
             for index, layer in enumerate(layers)
         )
         tables = 32 * len(layers) * max(len(layer.nbytes) for layer in layers)
         return largest + tables + SLACK_BYTES
 
-    def _multiply(self, product: LayerProduct, order: _Order, dense: bool) -> None:
-        """Residents first, then chunk by chunk what is streamed, asking for the next copies after each chunk."""
+    def _multiply(self, product: LayerProduct, order: _Order, decoded: int) -> None:
+        """Residents first, then chunk by chunk what is streamed, asking for the next copies after each chunk.
+        ``decoded``: experts that are decoded together, 0: in the kernel."""
         chunk, residents, streamed = self._ring.chunk, order.residents, 0
-        room = min(chunk, order.index_of.shape[0])
 
         def run(experts: Tensor) -> None:
-            if dense:
-                product.run_dense(experts, room)
+            if decoded:
+                product.run_dense(experts, decoded)
             else:
                 product.run(experts)
 
         if residents:
-            for some in torch.split(order.short[:residents], chunk if dense else residents):
-                run(some)
+            run(order.short[:residents])
         for first in range(residents, order.experts.shape[0], chunk):
             staged = self._staged.popleft()
             staged.wait()
@@ -237,7 +244,7 @@ class StreamedExperts:
         for row, (layer, others) in enumerate(zip(layers, streamed, strict=True)):
             residents = self._residents[layer]
             experts = torch.tensor([*residents, *others], dtype=torch.int64)
-            places = [place % chunk for some in (residents, others) for place in range(len(some))]
+            places = [*range(len(residents)), *(place % chunk for place in range(len(others)))]
             host[0, row, : len(experts)] = experts
             host[1, row, experts] = torch.tensor(places, dtype=torch.int64)
             lengths.append((len(experts), len(self._store.layers[layer].nbytes), len(residents)))
@@ -265,11 +272,15 @@ class StreamedExperts:
         covered = min(expected_coverage(len(each.nbytes), each.top_k, tokens) for each in self._store.layers)
         return covered >= self._options.ahead_coverage
 
-    def _multiplies_dense(self, layer: int, tokens: int, dtype: torch.dtype) -> bool:
-        if self._options.multiply != "auto":
-            return self._options.multiply == "on load"
-        decoded = dtype == torch.bfloat16 and self._resident.tables[layer][0].widths == {16}
-        return not decoded and self._tokens_per_expert(layer, tokens) >= self._options.dense_tokens
+    def _decoded_together(self, layer: int, tokens: int, dtype: torch.dtype) -> int:
+        """How many experts of ``layer`` are decoded before they are multiplied; 0: all are in the kernel."""
+        options, (table, _) = self._options, self._resident.tables[layer]
+        dense = options.multiply == "on load"
+        if options.multiply == "auto":
+            ready = dtype == torch.bfloat16 and table.widths == {16}
+            dense = not ready and self._tokens_per_expert(layer, tokens) >= options.dense_tokens
+        experts = len(self._store.layers[layer].nbytes)
+        return layer_product.decoded_together(table.shape, experts, dtype, options.dense_bytes) if dense else 0
 
     def _tokens_per_expert(self, layer: int, tokens: int) -> float:
         records = self._store.layers[layer]

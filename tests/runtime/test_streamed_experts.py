@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.records import random_record, silu_gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -62,23 +63,6 @@ class FakeReader:
         return self.records[layer][expert]
 
 
-def random_record(layout, generator):
-    fields = {}
-    for name, field in layout.fields.items():
-        if name.endswith("zeros"):
-            fields[name] = torch.randint(0, layout.format.levels, field.shape, generator=generator).to(field.dtype)
-        elif field.dtype == torch.uint8:
-            fields[name] = torch.randint(0, 256, field.shape, generator=generator).to(field.dtype)
-        elif name.endswith("scales"):
-            scales = torch.rand(field.shape, generator=generator) / layout.format.levels
-            fields[name] = scales.to(field.dtype)
-        elif name.endswith("input_scale"):
-            fields[name] = (0.5 + torch.rand(field.shape, generator=generator)).to(field.dtype)
-        else:
-            fields[name] = (0.3 * torch.randn(field.shape, generator=generator)).to(field.dtype)
-    return layout.pack(fields)
-
-
 class PoisonedRing(StagingRing):
     """Spoils what is released, so that a late reader shows."""
 
@@ -109,10 +93,7 @@ class World:
         self._cache = ExpertCache(self.store, self.store.nbytes, device)
 
     def _act(self, inner):
-        if not self.shape.has_gate:
-            return functional.relu(inner)
-        gate, up = inner.chunk(2, dim=-1)
-        return functional.silu(gate) * up
+        return silu_gate(inner) if self.shape.has_gate else functional.relu(inner)
 
     def plain(self, layer, hidden, ids, weights):
         attach(self._module, LayerExperts(cache=self._cache, layer=layer))
@@ -185,12 +166,16 @@ def test_equals_the_plain_path_for_every_mixture_of_formats(mix, multiply, devic
     tokens=st.integers(0, 12),
     stage=st.sampled_from(["ahead", "on demand"]),
     multiply=st.sampled_from(["in kernel", "on load"]),
+    decoded=st.integers(0, 2 * EXPERTS),
     seed=st.integers(0, 99),
 )
-def test_nothing_that_only_moves_bytes_changes_a_bit(world, share, chunk, positions, tokens, stage, multiply, seed):
+def test_nothing_that_only_moves_bytes_changes_a_bit(
+    world, share, chunk, positions, tokens, stage, multiply, decoded, seed
+):
     inputs = world.inputs(tokens, seed)
     full = world.run(world.streamed(1.0, multiply=multiply), inputs)
-    streamed = world.streamed(share, chunk * positions, chunk, seed, stage=stage, multiply=multiply)
+    options = {"stage": stage, "multiply": multiply, "dense_bytes": decoded * 3 * INTERMEDIATE * HIDDEN * 4}
+    streamed = world.streamed(share, chunk * positions, chunk, seed, **options)
     for _ in range(2):
         assert equal(world.run(streamed, inputs), full)
     close(full, world.wanted(inputs), rtol=1e-4, atol=1e-4)
@@ -338,9 +323,25 @@ def test_scratch_grows_with_tokens_and_is_bounded_in_between():
     # past max_pairs only rows, results and plans grow
     grown = streamed.scratch_bytes(2000) - streamed.scratch_bytes(1000)
     assert grown == 1000 * (TOP_K * (HIDDEN * 2 + 128) + 2 * HIDDEN * 2)
-    dense = world.streamed(multiply="on load", max_pairs=64)
-    matrices = 2 * 3 * INTERMEDIATE * HIDDEN * 2
-    assert dense.scratch_bytes(1000) - streamed.scratch_bytes(1000) == matrices
+    expert = 3 * INTERMEDIATE * HIDDEN * 2
+    for room, experts in ((1, 1), (expert * 5 // 2, 2), (expert * 100, EXPERTS)):
+        dense = world.streamed(multiply="on load", max_pairs=64, dense_bytes=room)
+        assert dense.scratch_bytes(1000) - streamed.scratch_bytes(1000) == experts * expert
+
+
+def test_many_tokens_are_multiplied_dense_unless_records_are_dense_already():
+    matrices = {}
+    for mix in ("int4", "bf16"):
+        streamed = World(mix, "cpu").streamed(dense_tokens=100)
+        forced = World(mix, "cpu").streamed(multiply="in kernel")
+        for tokens, dtype in itertools.product((399, 400), (torch.bfloat16, torch.float16)):
+            extra = streamed.scratch_bytes(tokens, dtype) - forced.scratch_bytes(tokens, dtype)
+            matrices[mix, tokens, dtype] = extra // (3 * INTERMEDIATE * HIDDEN * 2)
+    assert {case for case, count in matrices.items() if count} == {
+        ("int4", 400, torch.bfloat16),
+        ("int4", 400, torch.float16),
+        ("bf16", 400, torch.float16),
+    }
 
 
 @pytest.mark.cuda

@@ -26,23 +26,20 @@ def matrix_parts(base, fields, CODES: tl.constexpr):
 @triton.jit
 def raw_codes(codes, rows, unit, inside, COLUMNS: tl.constexpr, BITS: tl.constexpr):
     """Codes int32 ``[rows, units, 8]`` from packed rows of COLUMNS codes; units that are not ``inside`` give 0."""
-    lane = tl.arange(0, 8)[None, None, :]
     at = rows[:, None] * (COLUMNS // 8) + unit[None, :]
     mask = inside[None, :]
     if BITS == 8:
-        code = tl.load(codes + (at[:, :, None] * 8 + lane), mask=mask[:, :, None], other=0).to(tl.int32)
-    else:
-        if BITS == 4:
-            word = tl.load(codes.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
-        elif BITS == 2:
-            word = tl.load(codes.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0).to(tl.int32)
-        else:
-            byte = codes + at * 3
-            word = tl.load(byte, mask=mask, other=0).to(tl.int32)
-            word |= tl.load(byte + 1, mask=mask, other=0).to(tl.int32) << 8
-            word |= tl.load(byte + 2, mask=mask, other=0).to(tl.int32) << 16
-        code = _spread(word, BITS) & ((1 << BITS) - 1)
-    return code
+        word = tl.load(codes.to(tl.pointer_type(tl.int64)) + at, mask=mask, other=0)
+    elif BITS == 4:
+        word = tl.load(codes.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+    elif BITS == 2:
+        word = tl.load(codes.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0).to(tl.int32)
+    else:  # three bytes from an even address on or one before it: two loads, the last may reach one byte further
+        half = codes.to(tl.pointer_type(tl.uint16)) + at * 3 // 2
+        word = tl.load(half, mask=mask, other=0).to(tl.int32)
+        word |= tl.load(half + 1, mask=mask, other=0).to(tl.int32) << 16
+        word = word >> (at % 2 * 8)
+    return _spread(word, BITS).to(tl.int32) & ((1 << BITS) - 1)
 
 
 @triton.jit

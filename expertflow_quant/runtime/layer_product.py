@@ -32,10 +32,9 @@ class Part:
     rows: Tensor
 
 
-def cut_tokens(hidden: Tensor, ids: Tensor, rows: Tensor, experts: int, max_pairs: int) -> list[Part]:
-    """hidden ``[T, H]``, ids ``[T, K]``, rows ``[T * K, H]`` in parts of at most ``max_pairs`` pairs, or one token."""
+def cut_tokens(hidden: Tensor, ids: Tensor, rows: Tensor, experts: int, tokens: int) -> list[Part]:
+    """hidden ``[T, H]``, ids ``[T, K]``, rows ``[T * K, H]`` in parts of at most ``tokens`` tokens."""
     top_k = ids.shape[1]
-    tokens = max(1, max_pairs // top_k)
     pieces = zip(torch.split(hidden, tokens), torch.split(ids, tokens), torch.split(rows, tokens * top_k), strict=True)
     return [Part(some, sort_pairs(routed, experts), target) for some, routed, target in pieces if some.shape[0]]
 
@@ -98,17 +97,26 @@ def decoded_together(shape: ExpertShape, experts: int, dtype: torch.dtype, nbyte
     return max(1, min(experts, nbytes // (_values(shape) * dtype.itemsize)))
 
 
+def part_tokens(shape: ExpertShape, top_k: int, dtype: torch.dtype, fused: bool, nbytes: int) -> int:
+    """How many tokens are multiplied at a time: as ``nbytes`` between the two products allow, but at least one."""
+    return max(1, nbytes // (top_k * _inner(shape, fused) * dtype.itemsize))
+
+
 def scratch_bytes(
-    shape: ExpertShape, top_k: int, tokens: int, max_pairs: int, decoded: int, dtype: torch.dtype, fused: bool
+    shape: ExpertShape, top_k: int, tokens: int, together: int, decoded: int, dtype: torch.dtype, fused: bool
 ) -> int:
     """Device bytes of one layer over ``tokens`` tokens, at most: rows, result, what lies between the two products of
-    a part, ``decoded`` experts' matrices, plans. Allocations' rounding is not in it."""
-    pairs = tokens * top_k
-    together = min(pairs, max(max_pairs, top_k))
-    up_rows = shape.matrices["gate_up"][0]
-    inner = shape.intermediate if fused and shape.has_gate else up_rows + GATE_COPIES * shape.intermediate
-    values = (pairs + 2 * tokens) * shape.hidden + together * inner + decoded * _values(shape)
+    ``together`` tokens, ``decoded`` experts' matrices, plans. Allocations' rounding is not in it."""
+    pairs, inner = tokens * top_k, min(tokens, together) * top_k * _inner(shape, fused)
+    values = (pairs + 2 * tokens) * shape.hidden + inner + decoded * _values(shape)
     return values * dtype.itemsize + pairs * PLAN_BYTES
+
+
+def _inner(shape: ExpertShape, fused: bool) -> int:
+    """Values of one pair between the two products, at most; ``fused``: the kernel computes the gate."""
+    if fused and shape.has_gate:
+        return shape.intermediate
+    return shape.matrices["gate_up"][0] + GATE_COPIES * shape.intermediate
 
 
 def _values(shape: ExpertShape) -> int:

@@ -30,8 +30,8 @@ repeated for every block of tokens, so two full blocks decode everything twice."
 AHEAD_COVERAGE = 0.8
 """Expected share of a layer's experts that a pass meets, from which all are staged ahead without looking."""
 
-MAX_PAIRS = 1 << 16
-"""Pairs multiplied at once: bounds the memory between the two products."""
+PART_BYTES = 256 << 20
+"""Room for what lies between the two products: tokens are multiplied in parts that fit, while weights stay in place."""
 
 DENSE_BYTES = 192 << 20
 """Room for experts that are decoded before they are multiplied, unless one alone needs more. An estimate: 16 or more
@@ -46,14 +46,14 @@ class StreamOptions:
     """``multiply``: decode "in kernel", or "on load" and multiply dense; "auto" takes the latter from
     ``dense_tokens`` tokens per expert on, unless the records are dense in that dtype already. ``stage``: all missing
     experts "ahead", or only routed ones "on demand", which waits for the device once in each layer; "auto" takes the
-    former where ``expected_coverage`` of every layer reaches ``ahead_coverage``. ``max_pairs``, ``dense_bytes``: see
-    MAX_PAIRS, DENSE_BYTES."""
+    former where ``expected_coverage`` of every layer reaches ``ahead_coverage``. ``part_bytes``, ``dense_bytes``:
+    see PART_BYTES, DENSE_BYTES."""
 
     multiply: Literal["auto", "in kernel", "on load"] = "auto"
     stage: Literal["auto", "ahead", "on demand"] = "auto"
     dense_tokens: float = DENSE_TOKENS
     ahead_coverage: float = AHEAD_COVERAGE
-    max_pairs: int = MAX_PAIRS
+    part_bytes: int = PART_BYTES
     dense_bytes: int = DENSE_BYTES
 
 
@@ -157,13 +157,14 @@ class StreamedExperts:
         order = self._orders[layer] if self._ahead else self._routed(layer, ids, experts)
         rows = hidden.new_empty(ids.numel(), hidden.shape[1])
         table, row_of = self._resident.tables[layer]
+        together = self._multiplied_together(layer, hidden.dtype, gate.fused is not None)
         product = LayerProduct(
             table,
             row_of,
             self._resident.addresses(layer).clone(),
             order.places,
             gate,
-            cut_tokens(hidden.contiguous(), ids, rows, experts, self._options.max_pairs),
+            cut_tokens(hidden.contiguous(), ids, rows, experts, together),
             self._tokens_per_expert(layer, self._tokens),
         )
         self._multiply(product, order, self._decoded_together(layer, self._tokens, hidden.dtype))
@@ -179,7 +180,7 @@ class StreamedExperts:
                 self._resident.tables[index][0].shape,
                 layer.top_k,
                 tokens,
-                self._options.max_pairs,
+                self._multiplied_together(index, dtype, fused),
                 self._decoded_together(index, tokens, dtype),
                 dtype,
                 fused,
@@ -271,6 +272,11 @@ class StreamedExperts:
             return self._options.stage == "ahead"
         covered = min(expected_coverage(len(each.nbytes), each.top_k, tokens) for each in self._store.layers)
         return covered >= self._options.ahead_coverage
+
+    def _multiplied_together(self, layer: int, dtype: torch.dtype, fused: bool) -> int:
+        """How many tokens of ``layer`` are multiplied at a time."""
+        shape, top_k = self._resident.tables[layer][0].shape, self._store.layers[layer].top_k
+        return layer_product.part_tokens(shape, top_k, dtype, fused, self._options.part_bytes)
 
     def _decoded_together(self, layer: int, tokens: int, dtype: torch.dtype) -> int:
         """How many experts of ``layer`` are decoded before they are multiplied; 0: all are in the kernel."""

@@ -185,8 +185,9 @@ def test_nothing_that_only_moves_bytes_changes_a_bit(
 def test_tokens_in_parts_give_the_same(world, multiply):
     inputs = world.inputs(11)
     whole = world.run(world.streamed(multiply=multiply), inputs)
-    for most in (1, 4, 7, 21):
-        close(world.run(world.streamed(multiply=multiply, max_pairs=most), inputs), whole, rtol=1e-5, atol=1e-5)
+    token = TOP_K * INTERMEDIATE * 4
+    for room in (1, 2 * token, 4 * token - 1, 10 * token):
+        close(world.run(world.streamed(multiply=multiply, part_bytes=room), inputs), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["ahead", "on demand"])
@@ -319,13 +320,14 @@ def test_a_ring_on_another_device_is_refused(world):
 
 def test_scratch_grows_with_tokens_and_is_bounded_in_between():
     world = World("int4", "cpu")
-    streamed = world.streamed(multiply="in kernel", max_pairs=64)
-    # past max_pairs only rows, results and plans grow
+    room = 32 * TOP_K * INTERMEDIATE * 2
+    streamed = world.streamed(multiply="in kernel", part_bytes=room)
+    # past the tokens that fit, only rows, results and plans grow
     grown = streamed.scratch_bytes(2000) - streamed.scratch_bytes(1000)
     assert grown == 1000 * (TOP_K * (HIDDEN * 2 + 128) + 2 * HIDDEN * 2)
     expert = 3 * INTERMEDIATE * HIDDEN * 2
-    for room, experts in ((1, 1), (expert * 5 // 2, 2), (expert * 100, EXPERTS)):
-        dense = world.streamed(multiply="on load", max_pairs=64, dense_bytes=room)
+    for most, experts in ((1, 1), (expert * 5 // 2, 2), (expert * 100, EXPERTS)):
+        dense = world.streamed(multiply="on load", part_bytes=room, dense_bytes=most)
         assert dense.scratch_bytes(1000) - streamed.scratch_bytes(1000) == experts * expert
 
 
@@ -378,7 +380,7 @@ def test_on_a_gpu_layers_ahead_wait_for_nothing(multiply):
 @pytest.mark.parametrize("tokens", [100, 20000])
 def test_on_a_gpu_scratch_stays_within_its_bound(tokens, mix, multiply):
     world = World(mix, "cuda")
-    streamed, inputs = world.streamed(multiply=multiply, max_pairs=8192), world.inputs(tokens, dtype=torch.bfloat16)
+    streamed, inputs = world.streamed(multiply=multiply, part_bytes=2**20), world.inputs(tokens, dtype=torch.bfloat16)
     for _ in range(2):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -20,16 +20,20 @@ REPEATS = 9
 LINK_BYTES, MEMORY_BYTES, SIDE = 512 * 2**20, 1 << 30, 8192
 CPU_BYTES, CPU_SIDE = 16 * 2**20, 256
 _SYNCS = 100
+_BESIDE = 200
+"""Products of 45 microseconds: several times as long as the reads beside them."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """``link_gbs``: host to device by the copy engine; ``kernel_link_gbs``: the same bytes read by a kernel (None where
-    there is none); ``memory_gbs``: device to device, read and written bytes both counted; ``product_tflops``: one large
-    bf16 product; ``launch_sync_us``: one small kernel and the wait for it. GB are 10^9 bytes."""
+    """``link_gbs``: host to device by the copy engine; ``kernel_link_gbs``: the same way by a kernel that reads host
+    memory, ``beside_gbs``: that while products run on another stream (None where they cannot be measured);
+    ``memory_gbs``: device to device, read and written bytes both counted; ``product_tflops``: one large bf16 product;
+    ``launch_sync_us``: one small kernel and the wait for it. GB are 10^9 bytes."""
 
     link_gbs: float
     kernel_link_gbs: float | None
+    beside_gbs: float | None
     memory_gbs: float
     product_tflops: float
     launch_sync_us: float
@@ -40,7 +44,8 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     on_gpu = device.type == "cuda"
     return Ceilings(
         link_gbs=_link(device, LINK_BYTES if on_gpu else CPU_BYTES),
-        kernel_link_gbs=_kernel_link(device) if on_gpu else None,
+        kernel_link_gbs=_kernel_link(device, busy=False) if on_gpu else None,
+        beside_gbs=_kernel_link(device, busy=True) if on_gpu else None,
         memory_gbs=_memory(device, MEMORY_BYTES if on_gpu else CPU_BYTES),
         product_tflops=_product(device, SIDE if on_gpu else CPU_SIDE),
         launch_sync_us=_launch_and_sync(device),
@@ -81,13 +86,35 @@ def kernel_reads(device: torch.device, records: int, nbytes: int) -> tuple[Calla
     return (lambda: fill(todo)), target
 
 
-def _kernel_link(device: torch.device, records: int = 32, nbytes: int = 2457600) -> float | None:
-    """With records as large as Qwen3-30B-A3B's in int4."""
+def _kernel_link(device: torch.device, busy: bool, records: int = 32, nbytes: int = 2457600) -> float | None:
+    """With records as large as Qwen3-30B-A3B's in int4; ``busy``: beside products that read all of device memory."""
     try:
         read, _ = kernel_reads(device, records, nbytes)
-        return records * nbytes / median_seconds(read, device) / 1e9
+        if not busy:
+            return records * nbytes / median_seconds(read, device) / 1e9
+        matrix = torch.randn(SIDE, SIDE, device=device).to(torch.bfloat16)
+        vector, side = torch.randn(SIDE, 1, device=device).to(torch.bfloat16), torch.cuda.Stream(device)
+        seconds = _beside(read, matrix, vector, side)
+        return records * nbytes / statistics.median(seconds) / 1e9 if seconds else None
     except ImportError:
         return None
+
+
+def _beside(read: Callable[[], None], matrix: Tensor, vector: Tensor, side: torch.cuda.Stream) -> list[float]:
+    """Seconds of each ``read`` while ``side`` multiplies one row by a large matrix, over and over."""
+    seconds = []
+    for _ in range(REPEATS):
+        clock = Clock(matrix.device)  # waits for both streams
+        with torch.cuda.stream(side):
+            for _ in range(_BESIDE):
+                torch.mm(matrix, vector)
+        clock.mark()
+        read()
+        clock.mark()
+        lasted = clock.seconds()[1]
+        if not side.query():  # otherwise the products ended first
+            seconds.append(lasted)
+    return seconds
 
 
 def _memory(device: torch.device, nbytes: int) -> float:

@@ -19,7 +19,7 @@ from eval.speed.catalogue import SYSTEMS, chosen_systems
 from eval.speed.ceilings import measure_ceilings
 from eval.speed.measure import Run, measure, refused
 from eval.speed.plots import speed_figure
-from eval.speed.report import speed_json, speed_table, trace_lines
+from eval.speed.report import speed_json, speed_tables, trace_lines
 from eval.speed.shapes import SHAPES
 from eval.speed.systems import Setting, SystemSpec
 from eval.speed.trace_stats import statistics
@@ -168,10 +168,11 @@ def describe_trace(bench: Bench, trace: Trace, settings: Sequence[Setting]) -> d
 
 
 def write_results(out: Path, results: dict[str, Any], console: Console) -> None:
-    """The file, its plot, and the table."""
+    """The file, its plot, and the tables."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
-    console.print(speed_table(results))
+    for table in speed_tables(results):
+        console.print(table)
     if all(figure["refused"] for figure in results["figures"]):
         console.print(f"no system ran; {out}", style="yellow", highlight=False)
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from eval.plots import STYLE, color_of, plt, save
 from eval.report import make_console
-from eval.speed.report import title
+from eval.speed.report import number, title
 
 BOUND_COLOR = "#D55E00"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -76,11 +76,6 @@ def label(figure: Mapping[str, Any]) -> str:
     return f"{figure['system']}{memory}" + (
         f"\n{scaled['measured_layers']} of {scaled['layers']} layers" if scaled else ""
     )
-
-
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _dots(

@@ -53,12 +53,15 @@ class RandomRecords:
         template = self._templates.get(layout)
         if template is None:
             template = self._templates[layout] = template_record(layout, self._seed)
-        record = template.clone()
-        ours, theirs = layout.views(record), layout.views(template)
+        record = torch.empty_like(template)
         distance = (layer * len(self.layers[layer].layouts) + expert) * STEP
-        for name in ours:
+        end = 0
+        for name, field in layout.fields.items():  # each byte is written once
             if name.endswith((".codes", ".weight")):
-                _rotate(ours[name].view(-1), theirs[name].view(-1), distance)
+                record[end : field.offset].copy_(template[end : field.offset])
+                end = field.offset + field.nbytes
+                _rotate(record[field.offset : end], template[field.offset : end], distance * field.dtype.itemsize)
+        record[end:].copy_(template[end:])
         return record
 
 

@@ -1,4 +1,4 @@
-"""A run's JSON file, and the table that is read off it."""
+"""A run's JSON file, and the tables that are read off it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +11,9 @@ from eval.report import cells_table, percent, share_cell
 
 SCHEMA = 1
 MORE_PACKAGES = ("accelerate", "triton")
-COLUMNS = ("system", "memory", "rows", "prompt", "TTFT s", "tokens/s", "ms/step", "p10", "p90")
-COLUMNS += ("MB/ token", "hits %", "link %", "bound %", "peak GiB", "saved %")
+HEAD = ("system", "layers", "memory", "rows", "prompt")
+DECODE = (*HEAD, "tokens/s", "ms/step", "p10", "p90", "MB/token", "hits %", "link %", "bound %")
+PREFILL = (*HEAD, "TTFT s", "x floor", "GB moved", "bound %", "answers/s", "peak GiB", "saved %")
 
 
 def speed_json(
@@ -40,18 +41,22 @@ def speed_json(
     }
 
 
-def speed_table(results: Mapping[str, Any]) -> Table:
-    """One row a system and setting; where layers were left out, a second one scaled to all."""
-    table = cells_table(title(results), COLUMNS, [row for figure in results["figures"] for row in figure_rows(figure)])
-    names = {figure["system"]: figure["title"] for figure in results["figures"]}
-    notes = ["link %: bytes moved at the link's rate; bound %: the largest of link, memory, products; of a step's time"]
-    notes += [f"{name}: {meaning}" for name, meaning in names.items()]
-    refused = dict.fromkeys(
-        f"{f['system']} at {f['resident']}: {f['refused']}" for f in results["figures"] if f["refused"]
-    )
-    table.caption = "\n".join([*notes, *(f"not run: {line}" for line in refused)])
-    table.caption_justify = "left"
-    return table
+def speed_tables(results: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Decode, then prefill and memory: a row a system and setting, and where layers were left out a second one, scaled
+    to all."""
+    figures = results["figures"]
+    decode = cells_table(title(results), DECODE, [row for figure in figures for row in decode_rows(figure)])
+    decode.caption = "link %, bound %: of a step, what its bytes at the link's rate, and the largest bound, would take"
+    prefill = cells_table("", PREFILL, [row for figure in figures for row in prefill_rows(figure)])
+    notes = [
+        "x floor: TTFT over the bytes not resident at the link's rate; "
+        f"answers/s: prompts read and {results['settings']['new_tokens']} tokens each"
+    ]
+    notes += [f"{name}: {meaning}" for name, meaning in {f["system"]: f["title"] for f in figures}.items()]
+    refused = dict.fromkeys(f"{f['system']} at {f['resident']}: {f['refused']}" for f in figures if f["refused"])
+    prefill.caption = "\n".join([*notes, *(f"not run: {line}" for line in refused)])
+    decode.caption_justify = prefill.caption_justify = "left"
+    return decode, prefill
 
 
 def title(results: Mapping[str, Any]) -> str:
@@ -65,35 +70,60 @@ def title(results: Mapping[str, Any]) -> str:
     return f"{target['name']}, {layers}{target['format']}; {results['made']['device']}: {machine}"
 
 
-def figure_rows(figure: Mapping[str, Any]) -> list[list[str]]:
-    """The cells of a figure's row, and of its scaled one if it has one."""
-    where = [figure["resident"], str(figure["batch"]), str(figure["prompt"])]
+def decode_rows(figure: Mapping[str, Any]) -> list[list[str]]:
+    """The decode cells of a figure, and its scaled ones if it has them."""
     if figure["refused"]:
-        return [_filled([figure["system"], *where])]
-    prefill, decode, scaled = figure["prefill"], figure["decode"], figure["scaled"]
-    step, peak = decode["step_ms"], figure["peak_reserved_bytes"]
+        return [_filled(_head(figure), DECODE)]
+    decode, scaled = figure["decode"], figure["scaled"]
     cells = [
-        f"{prefill['ttft_s']:.3f}",
-        f"{decode['tokens_per_s']:.2f}",
-        *(f"{step[name]:.2f}" for name in ("median", "p10", "p90")),
+        number(decode["tokens_per_s"]),
+        *(f"{decode['step_ms'][name]:.2f}" for name in ("median", "p10", "p90")),
         f"{decode['bytes_per_token'] / 1e6:.1f}",
         share_cell(decode["hit_rate"]),
         percent(decode["share_of"]["link"]),
         percent(decode["share_of"]["bound"]),
+    ]
+    rows = [[*_head(figure), *cells]]
+    if scaled is not None:
+        again = [*_head(figure, scaled=True), number(scaled["tokens_per_s"]), f"{scaled['step_ms']:.2f}"]
+        rows.append(_filled(again, DECODE))
+    return rows
+
+
+def prefill_rows(figure: Mapping[str, Any]) -> list[list[str]]:
+    """The other cells of a figure, and its scaled ones if it has them."""
+    if figure["refused"]:
+        return [_filled(_head(figure), PREFILL)]
+    prefill, scaled, peak = figure["prefill"], figure["scaled"], figure["peak_reserved_bytes"]
+    floor = prefill["times_not_resident_over_link"]
+    cells = [
+        f"{prefill['ttft_s']:.3f}",
+        "-" if floor is None else number(floor),
+        f"{prefill['bytes_moved'] / 1e9:.2f}",
+        percent(prefill["share_of"]["bound"]),
+        number(figure["requests"]["per_s"]),
         "-" if peak is None else f"{peak / 2**30:.2f}",
         percent(figure["saved_against_bf16"]),
     ]
-    if scaled is None:
-        return [[figure["system"], *where, *cells]]
-    again = [f"{scaled['ttft_s']:.3f}", f"{scaled['tokens_per_s']:.2f}", f"{scaled['step_ms']:.2f}"]
-    return [
-        [f"{figure['system']}, {scaled['measured_layers']} layers", *where, *cells],
-        _filled([f"  scaled to {scaled['layers']}", *where, *again]),
-    ]
+    rows = [[*_head(figure), *cells]]
+    if scaled is not None:
+        rows.append(_filled([*_head(figure, scaled=True), f"{scaled['ttft_s']:.3f}"], PREFILL))
+    return rows
 
 
-def _filled(cells: list[str]) -> list[str]:
-    return cells + ["-"] * (len(COLUMNS) - len(cells))
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _head(figure: Mapping[str, Any], scaled: bool = False) -> list[str]:
+    layers = "-" if figure["refused"] else str(figure["layers"])
+    layers = f"{layers} as {figure['scaled']['layers']}" if scaled else layers
+    return [figure["system"], layers, figure["resident"], str(figure["batch"]), str(figure["prompt"])]
+
+
+def _filled(cells: list[str], columns: Sequence[str]) -> list[str]:
+    return cells + ["-"] * (len(columns) - len(cells))
 
 
 def trace_lines(trace: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from expertflow_quant.checkpoint.manifest import MANIFEST_FILE
 from expertflow_quant.checkpoint.reader import CheckpointReader
 from expertflow_quant.formats import BF16, ExpertFlowError, Format, RecordLayout
 from expertflow_quant.models.seams import model_class, read_config
+from expertflow_quant.offload.budget import format_bytes
 from expertflow_quant.offload.slots import minimum_bytes
 from expertflow_quant.offload.store import ExpertStore
 
@@ -140,6 +141,8 @@ class Bench:
                 self._store = (format, self.target.store(self.layers, pin))
             else:
                 self._store = (format, ExpertStore(RandomRecords.of(self.layers, BF16, self.seed), pin=pin))
+            if pin and (self.target.kind == "shape" or format != self.target.format):
+                require_pinned(self._store[1])
         return self._store[1]
 
     def sizes_of(self, layers: int) -> ModelSizes:
@@ -168,6 +171,15 @@ class Bench:
     def peak_reserved_bytes(self) -> int | None:
         """Most device memory that was reserved since ``release``; None on the CPU."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
+
+
+def require_pinned(store: ExpertStore) -> None:
+    """Random records have no file to be read from. Raises ExpertFlowError unless all of them were pinned."""
+    if store.pinned_bytes < store.nbytes:
+        raise ExpertFlowError(
+            f"host memory holds {format_bytes(store.pinned_bytes)} of {format_bytes(store.nbytes)} of random experts: "
+            "give fewer --layers, or leave out systems in bf16"
+        )
 
 
 def find_target(name: str, layers: int | None, tiny: bool, format: str | None, seed: int) -> Target:

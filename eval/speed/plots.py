@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib.pyplot as plt
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from eval.plots import STYLE, color_of, plt, save
+from eval.plots import STYLE, color_of, save
 from eval.report import make_console
 from eval.speed.report import number, title
 
-BOUND_COLOR = "#D55E00"
+BOUND_COLOR = "#222222"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from expertflow_quant.formats import ExpertFlowError, ExpertShape
-from expertflow_quant.models.seams import expert_modules, expert_parameters, expert_shape, model_class, top_k
+from expertflow_quant.models.seams import (
+    expert_modules,
+    expert_parameters,
+    expert_shape,
+    model_class,
+    num_experts,
+    top_k,
+)
 from expertflow_quant.runtime.experts import NAME
 
 NOISE_BIAS = 0.02
@@ -41,7 +48,7 @@ class RandomModel:
 def moe_layers(model: Any) -> tuple[MoeLayer, ...]:
     """The MoE layers of a model that holds its experts (on meta, too)."""
     return tuple(
-        MoeLayer(name, module, expert_shape(module), int(module.num_experts), top_k(model, name))
+        MoeLayer(name, module, expert_shape(module), num_experts(module), top_k(model, name))
         for name, module in expert_modules(model)
     )
 

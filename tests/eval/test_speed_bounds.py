@@ -1,9 +1,11 @@
 """Bounds and rates from made-up seconds and counts, against arithmetic written out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from eval.speed.bench import Bench, find_target
+from eval.speed.bench import Bench, find_target, require_pinned
 from eval.speed.bounds import Work, bounds, pass_figures, quantile, step_figures
 from eval.speed.ceilings import Ceilings, kernel_reads, measure_ceilings
 from eval.speed.systems import Clock, Counters, Timing
@@ -85,6 +87,12 @@ def test_a_window_bounds_what_attention_reads():
         for context in (1000, 2000)
     )
     assert far - near == 1000 * 2 * 8 * 64 * 2  # of the one layer that sees everything
+
+
+def test_random_experts_that_were_not_all_pinned_are_refused():
+    require_pinned(SimpleNamespace(pinned_bytes=10, nbytes=10))
+    with pytest.raises(ExpertFlowError, match=r"1\.0 KiB of 2\.0 KiB"):
+        require_pinned(SimpleNamespace(pinned_bytes=1024, nbytes=2048))
 
 
 def test_ceilings_of_this_machine_are_above_zero():

@@ -136,5 +136,5 @@ def _check(q: Tensor, k_new: Tensor, v_new: Tensor, k_cache: Tensor, v_cache: Te
             f"decode attention needs one dtype for q, k, v and caches and int32 lengths, got {q.dtype}, "
             f"{k_new.dtype}, {v_new.dtype}, {k_cache.dtype}, {v_cache.dtype} and {lengths.dtype}"
         )
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and q.stride(3) == k_new.stride(3) == 1):
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and {t.stride(3) for t in (q, k_new, v_new)} == {1}):
         raise ExpertFlowError("decode attention needs contiguous caches, and heads whose values lie side by side")

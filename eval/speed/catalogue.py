@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from eval.speed.baselines import BASELINES
+from eval.speed.fast import OURS
 from eval.speed.systems import SystemSpec
 from expertflow_quant.formats import ExpertFlowError
 
-SYSTEMS: tuple[SystemSpec, ...] = BASELINES
+SYSTEMS: tuple[SystemSpec, ...] = (*BASELINES, *OURS)
 
 
 def chosen_systems(names: str | None) -> Sequence[SystemSpec]:

@@ -17,6 +17,7 @@ PROGRAMS = 256
 """Programs that a launch aims at: about two for every multiprocessor of a large GPU."""
 
 MAX_SPLITS = 64
+JOIN_WARPS = 4
 BLOCK = 32
 """Keys that a program takes at a time."""
 
@@ -71,7 +72,7 @@ def decode_attention(
         HEADS=heads,
         **sizes,
         HAS_SINKS=sinks is not None,
-        num_warps=1,
+        num_warps=JOIN_WARPS,
     )
     return out
 

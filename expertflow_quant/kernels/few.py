@@ -30,7 +30,7 @@ class Tile:
 
 
 UP_TILE = Tile(rows=16, units=256, warps=2)
-DOWN_TILE = Tile(rows=8, units=256, warps=4, unroll=3)
+DOWN_TILE = Tile(rows=4, units=256, warps=2, unroll=6)
 UP_TILE_MIXED = Tile(rows=16, units=128, warps=2)
 """For tables of several layouts, whose numbers take registers too: a larger tile spills."""
 DOWN_TILE_MIXED = Tile(rows=8, units=128, warps=4)

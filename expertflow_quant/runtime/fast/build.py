@@ -11,9 +11,10 @@ from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.staging import StagingRing
 from expertflow_quant.offload.store import ExpertStore
-from expertflow_quant.runtime.fast.decode import BUCKETS, DecodeGraphs, LookAhead, Routes
+from expertflow_quant.runtime.fast.decode import BUCKETS, DecodeGraphs, LookAhead
 from expertflow_quant.runtime.fast.kv import KVRows
 from expertflow_quant.runtime.fast.loop import FastRunner
+from expertflow_quant.runtime.fast.passes import Routes
 from expertflow_quant.runtime.fast.probe import Findings, probe, use_our_attention
 from expertflow_quant.runtime.streamed import StreamedExperts, StreamOptions
 
@@ -126,4 +127,4 @@ def build_fast(
     graphs.capture(lambda bucket: told(f"captured a graph for {bucket} rows"))
     resident.reset_stats()
     prefill_tokens = max(options.prefill_tokens, options.room)
-    return FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens)
+    return FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens, routes)

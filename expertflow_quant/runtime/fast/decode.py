@@ -23,7 +23,7 @@ from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.fast.attention import PassThrough
 from expertflow_quant.runtime.fast.compiled import compiled
 from expertflow_quant.runtime.fast.kv import KVRows
-from expertflow_quant.runtime.fast.passes import AttentionOptions
+from expertflow_quant.runtime.fast.passes import AttentionOptions, Routes
 from expertflow_quant.runtime.fast.probe import Findings
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -31,8 +31,6 @@ FEW_ROWS = 4
 """Up to so many tokens every (token, expert) pair reads its record by itself; above, pairs of an expert share it."""
 
 BLOCK_TOKENS = 16
-Routes = Callable[[int, Tensor], Tensor]
-"""(MoE layer, routed ids ``[T, K]``) -> ids that run instead: how benchmarks make random weights follow a trace."""
 
 
 class LookAhead:
@@ -93,8 +91,9 @@ class DecodePass:
             self._prefetch(layer + self._ahead.distance)
             if (filled := self._filled.pop(layer, None)) is not None:
                 torch.cuda.current_stream().wait_event(filled)
-        self._resident.resolve(layer, ids)
-        self._resident.fill(layer)
+        if self._rows > 1 or not self._resident.all_resident(layer):
+            self._resident.resolve(layer, ids)
+            self._resident.fill(layer)
         return self._product(layer, module, hidden, ids, weights)
 
     def _product(self, layer: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -36,12 +36,14 @@ class FastRunner:
         tokenizer: Any,
         end_ids: frozenset[int],
         prefill_tokens: int,
+        routes: passes.Routes | None = None,
     ) -> None:
         self.graphs, self.resident, self.streamed, self.ring = graphs, resident, streamed, ring
         self.model, self.kv = graphs.model, graphs.kv
         self.device = graphs.device
         self.prefill_tokens: int | None = prefill_tokens
         self._findings, self._tokenizer, self._end_ids = findings, tokenizer, end_ids
+        self._routes = routes
         self._prefills = CacheStats()
 
     @property
@@ -103,7 +105,9 @@ class FastRunner:
         padded = min(prompts.prompt_tokens) < prompts.width
         valid = inputs["attention_mask"].reshape(-1).bool() if padded else None
         rows = range(first, first + len(prompts))
-        the_pass = PrefillPass(self.kv, self.streamed, self._findings.gates, rows, prompts.prompt_tokens, valid)
+        the_pass = PrefillPass(
+            self.kv, self.streamed, self._findings.gates, rows, prompts.prompt_tokens, valid, self._routes
+        )
         self.streamed.begin(sum(prompts.prompt_tokens))
         with passes.running(the_pass):
             positions = positions_of(self.model, inputs)

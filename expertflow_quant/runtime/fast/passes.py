@@ -6,13 +6,17 @@ can find it, for the thread that runs the model and only while it does.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+Routes = Callable[[int, Tensor], Tensor]
+"""(MoE layer, routed ids ``[T, K]``) -> ids that run instead: how benchmarks make random weights follow a trace."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from expertflow_quant.kernels.gate import Gate
 from expertflow_quant.runtime.fast.kv import KVRows
-from expertflow_quant.runtime.fast.passes import AttentionOptions
+from expertflow_quant.runtime.fast.passes import AttentionOptions, Routes
 from expertflow_quant.runtime.streamed import StreamedExperts
 
 QUERIES = 512
@@ -31,8 +31,9 @@ class PrefillPass:
         rows: Sequence[int],
         counts: Sequence[int],
         valid: Tensor | None,
+        routes: Routes | None = None,
     ) -> None:
-        self._kv, self._streamed, self._gates = kv, streamed, gates
+        self._kv, self._streamed, self._gates, self._routes = kv, streamed, gates, routes
         self._rows, self._counts, self._valid = rows, counts, valid
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
@@ -50,6 +51,8 @@ class PrefillPass:
         return out
 
     def experts(self, layer: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self._routes is not None:
+            ids = self._routes(layer, ids)
         return self._streamed.layer(layer, self._gates[layer], hidden, ids, weights, self._valid)
 
 

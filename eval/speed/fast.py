@@ -1,0 +1,87 @@
+"""The fast path under the trace's routes: captured decode steps, streamed prefill, with or without a look-ahead."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.speed.bench import Bench
+from eval.speed.ours import fast_spec
+from eval.speed.systems import Counters, Setting, SystemSpec
+from expertflow_quant.runtime.experts import LayerExperts, attach
+from expertflow_quant.runtime.fast.build import FastOptions, build_fast
+from expertflow_quant.runtime.fast.decode import LookAhead
+from expertflow_quant.runtime.fast.probe import Findings
+from expertflow_quant.runtime.prompts import Prompts
+
+AHEAD = 2
+"""Layers that the oracle's records are filled in before their own."""
+
+
+class TraceRunner:
+    """See ``ours.Runner``. ``ahead``: fill in the next layers' records on a side stream, told by the trace itself: what
+    a perfect prediction would give, not what a model's routers let one know."""
+
+    def __init__(self, bench: Bench, setting: Setting, ahead: int = 0) -> None:
+        made = bench.backbone()
+        for layer, moe in enumerate(made.layers):
+            attach(moe.module, LayerExperts(None, layer))
+        made.model.expert_store = bench.store(bench.target.format)
+        tokens, room = setting.batch * setting.prompt, setting.prompt + setting.warm + setting.new_tokens + 1
+        options, sizes = FastOptions(setting.batch, room, tokens), bench.routes
+        rows = options.buckets[-1]
+        self._step = torch.zeros(sizes.layers, rows, sizes.top_k, dtype=torch.int64, device=bench.device)
+        self._routes: Tensor = self._step
+
+        def make_ahead(findings: Findings) -> LookAhead:
+            return LookAhead(lambda layer: self._step[layer], ahead, bench.device)
+
+        self._runner = build_fast(
+            made.model,
+            None,
+            frozenset(),
+            setting.budget_bytes,
+            options,
+            routes=lambda layer, ids: self._routes[layer],
+            make_ahead=make_ahead if ahead else None,
+        )
+        self._setting = setting
+        self._bucket = self._runner.graphs.bucket(setting.batch)
+        self.expert_bytes = self._runner.expert_bytes
+        self.device_expert_bytes = self._runner.device_expert_bytes
+
+    def prefill(self, tokens: Tensor, routes: Tensor) -> None:
+        rows, width = tokens.shape
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        self._routes = routes
+        with torch.inference_mode():
+            logits = self._runner.prefill(Prompts(inputs, (width,) * rows, (0,) * rows), 0)
+            self._runner.graphs.tokens[:rows, 0] = logits.argmax(dim=-1)
+            self._runner.graphs.active[:rows] = True
+
+    def step(self, routes: Tensor) -> None:
+        self._routes = self._step
+        with torch.inference_mode():
+            self._step[:, : routes.shape[1]].copy_(routes)
+            self._runner.graphs.step(self._bucket)
+
+    def counters(self) -> Counters:
+        found = self._runner.stats
+        return Counters(found.bytes_moved, found.hits, found.misses)
+
+    def reset_counters(self) -> None:
+        self._runner.reset_stats()
+
+    def close(self) -> None:
+        del self._runner
+
+
+def _made(ahead: int) -> Callable[[Bench, Setting], TraceRunner]:
+    return lambda bench, setting: TraceRunner(bench, setting, ahead)
+
+
+OURS: tuple[SystemSpec, ...] = (
+    fast_spec(_made(0), "graph", "ours: graph"),
+    fast_spec(_made(AHEAD), "graph-oracle", "ours: graph, told 2 layers ahead"),
+)

@@ -26,12 +26,12 @@ class TraceRunner:
     def __init__(self, bench: Bench, setting: Setting, ahead: int = 0) -> None:
         made = bench.backbone()
         for layer, moe in enumerate(made.layers):
-            attach(moe.module, LayerExperts(None, layer))
+            attach(moe.module, LayerExperts(cache=None, layer=layer))
         made.model.expert_store = bench.store(bench.target.format)
         tokens, room = setting.batch * setting.prompt, setting.prompt + setting.warm + setting.new_tokens + 1
         options, sizes = FastOptions(setting.batch, room, tokens), bench.routes
         rows = options.buckets[-1]
-        self._step = torch.zeros(sizes.layers, rows, sizes.top_k, dtype=torch.int64, device=bench.device)
+        self._step = torch.full((sizes.layers, rows, sizes.top_k), sizes.experts, device=bench.device)
         self._routes: Tensor = self._step
 
         def make_ahead(findings: Findings) -> LookAhead:
@@ -43,7 +43,7 @@ class TraceRunner:
             frozenset(),
             setting.budget_bytes,
             options,
-            routes=lambda layer, ids: self._routes[layer],
+            routes=lambda layer, ids: self._routes[layer, : ids.shape[0]],
             make_ahead=make_ahead if ahead else None,
         )
         self._setting = setting

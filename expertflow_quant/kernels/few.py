@@ -73,13 +73,27 @@ def few_product(
     mixed = len(table.layouts) > 1
     up_tile = up_tile or (UP_TILE_MIXED if mixed else UP_TILE)
     down_tile = down_tile or (DOWN_TILE_MIXED if mixed else DOWN_TILE)
-    inner = _inner(hidden, ids, addresses, row_of, table, gate, up_tile)
-    _down(inner, ids, weights, addresses, row_of, table, out, down_tile)
+    overlap = gate.fused is not None and _overlaps(hidden.device)
+    inner = _inner(hidden, ids, addresses, row_of, table, gate, up_tile, overlap)
+    _down(inner, ids, weights, addresses, row_of, table, out, down_tile, overlap)
     return out
 
 
+@lru_cache(maxsize=8)
+def _overlaps(device: torch.device) -> bool:
+    """Whether down may start while gate_up ends (programmatic dependent launch, from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _inner(
-    hidden: Tensor, ids: Tensor, addresses: Tensor, row_of: Tensor, table: LayoutTable, gate: Gate, tile: Tile
+    hidden: Tensor,
+    ids: Tensor,
+    addresses: Tensor,
+    row_of: Tensor,
+    table: LayoutTable,
+    gate: Gate,
+    tile: Tile,
+    overlap: bool,
 ) -> Tensor:
     from expertflow_quant.kernels.few_kernels import gate_up_kernel
 
@@ -103,6 +117,7 @@ def _inner(
         INPUT_SCALE=table.has_input_scale,
         ROWS=tile.rows,
         BLOCK=_units(tile, shape.hidden),
+        OVERLAP=overlap,
         **_constants(table.layouts),
         num_warps=tile.warps,
         enable_fp_fusion=True,
@@ -119,6 +134,7 @@ def _down(
     table: LayoutTable,
     out: Tensor,
     tile: Tile,
+    overlap: bool,
 ) -> None:
     from expertflow_quant.kernels.few_kernels import down_kernel
 
@@ -138,9 +154,11 @@ def _down(
         ROWS=tile.rows,
         BLOCK=_units(tile, shape.intermediate * (top_k if len(table.widths) == 1 else 1)),
         UNROLL=tile.unroll,
+        OVERLAP=overlap,
         **_constants(table.layouts),
         num_warps=tile.warps,
         enable_fp_fusion=True,
+        **({"launch_pdl": True} if overlap else {}),
     )
 
 

@@ -12,6 +12,7 @@ AND and one fused multiply-add serve a code; 2 ** 53 comes back with the zero po
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from expertflow_quant.kernels.table import COLUMNS, WIDTH
 
@@ -165,16 +166,20 @@ def _tile(
     LAYOUT: tl.constexpr,
     ZEROS: tl.constexpr,
     INPUT_SCALE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """float32 ``[R, B]``: what each unit adds to the rows' products, times ``factor``.
 
     ``base`` (the record's address), ``row`` (in the table) and ``factor`` are scalars, or ``[1, B]`` where every unit
     has its own record; rows are ``first + ahead``, a scalar and ``[R]``; ``unit``, ``x_at`` (the unit's place in ``x``)
-    and ``mask`` are ``[B]``.
+    and ``mask`` are ``[B]``. WAIT: ``x`` is being written by the launch before, so the codes are asked for first.
     """
     rows = ahead[:, None]
     units = unit[None, :]
     inside = mask[None, :]
+    lane = tl.arange(0, 8)[None, :]
+    if not WAIT:
+        values = tl.load(x + (x_at[:, None] + lane), mask=mask[:, None], other=0.0)
     codes = base + _field(table, row, FIELDS[0], LAYOUT) + first * (UNITS * BITS)
     words = _words(codes, rows * UNITS + units, inside, BITS)
     if BITS != 16:
@@ -183,8 +188,9 @@ def _tile(
         group = rows * groups + _quotient(units, group_units, LAYOUT)
         scales = base + _field(table, row, FIELDS[1], LAYOUT) + first * groups * 2
         scale = tl.load(scales.to(tl.pointer_type(tl.float16)) + group, mask=inside, other=0.0).to(tl.float32) * factor
-    lane = tl.arange(0, 8)[None, :]
-    values = tl.load(x + (x_at[:, None] + lane), mask=mask[:, None], other=0.0)
+    if WAIT:
+        gdc_wait()
+        values = tl.load(x + (x_at[:, None] + lane), mask=mask[:, None], other=0.0)
     if INPUT_SCALE:
         offset = _field(table, row, _INPUT_SCALE, LAYOUT)
         factors = (base + offset).to(tl.pointer_type(tl.float16)) + (unit[:, None] * 8 + lane)
@@ -217,13 +223,14 @@ def _pair_rows(
     LAYOUT: tl.constexpr,
     ZEROS: tl.constexpr,
     INPUT_SCALE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """``total [R, BLOCK]`` plus one expert's rows times the vector at ``x + x_start``, times ``factor``."""
     for start in tl.range(0, UNITS, BLOCK):
         unit = start + tl.arange(0, BLOCK)
         part = _tile(
             base, row, table, first, ahead, unit, x, x_start + unit * 8, factor, unit < UNITS,
-            FIELDS, UNITS, BITS, LAYOUT, ZEROS, INPUT_SCALE,
+            FIELDS, UNITS, BITS, LAYOUT, ZEROS, INPUT_SCALE, WAIT,
         )  # fmt: skip
         total += part
     return total
@@ -264,9 +271,12 @@ def gate_up_kernel(
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (b, p): block b of pair p's row in ``out [P, OUT]``. FUSED: OUT = I values silu(gate) * up, from ROWS
     rows, gate and up in turn; else OUT rows of gate_up as they are."""
+    if OVERLAP:
+        gdc_launch_dependents()
     pair = tl.program_id(1)
     expert = tl.load(ids + pair)
     if expert < experts:
@@ -285,7 +295,7 @@ def gate_up_kernel(
             if len(WIDTHS) == 1 or bits == WIDTHS[index]:
                 total = _pair_rows(
                     base, row, table, first, ahead, hidden, (pair // TOP_K) * HIDDEN, 1.0, total,
-                    _UP, HIDDEN // 8, BLOCK, WIDTHS[index], LAYOUT, ZEROS, INPUT_SCALE,
+                    _UP, HIDDEN // 8, BLOCK, WIDTHS[index], LAYOUT, ZEROS, INPUT_SCALE, False,
                 )  # fmt: skip
         sums = tl.sum(total, 1)
         if BIAS:
@@ -320,6 +330,7 @@ def down_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (b, t): ROWS outputs of token t in ``out [T, HIDDEN]``, from ``inner [P, INTERMEDIATE]``.
 
@@ -343,9 +354,11 @@ def down_kernel(
             weight = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
             total += _tile(
                 base[None, :], row[None, :], table, first, ahead, unit, inner, pair * INTERMEDIATE + unit * 8,
-                weight[None, :], valid, _DOWN, UNITS, WIDTHS[0], LAYOUT, ZEROS, False,
+                weight[None, :], valid, _DOWN, UNITS, WIDTHS[0], LAYOUT, ZEROS, False, OVERLAP,
             )  # fmt: skip
     else:
+        if OVERLAP:
+            gdc_wait()
         for choice in tl.range(0, TOP_K):
             pair = token * TOP_K + choice
             expert = tl.load(ids + pair)
@@ -358,7 +371,7 @@ def down_kernel(
                     if bits == WIDTHS[index]:
                         total = _pair_rows(
                             base, row, table, first, ahead, inner, pair * INTERMEDIATE, weight, total,
-                            _DOWN, UNITS, BLOCK, WIDTHS[index], LAYOUT, ZEROS, False,
+                            _DOWN, UNITS, BLOCK, WIDTHS[index], LAYOUT, ZEROS, False, False,
                         )  # fmt: skip
     sums = tl.sum(total, 1)
     if BIAS:

@@ -98,8 +98,12 @@ class ResidentExperts:
 
         For a stream beside the computation. Counts no requests; an expert that is used later is a hit.
         """
-        self.resolve(layer, ids, count=False, keep_current=True)
+        self.choose(layer, ids)
         self.fill(layer)
+
+    def choose(self, layer: int, ids: Tensor) -> None:
+        """The first half of ``prefetch``: slots for ``ids``, for ``fill`` to follow on whatever stream waits for it."""
+        self.resolve(layer, ids, count=False, keep_current=True)
 
     def all_resident(self, layer: int) -> bool:
         """Whether every expert of ``layer`` has a slot for good: it has room for all, and was preloaded."""

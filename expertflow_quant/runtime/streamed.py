@@ -8,7 +8,7 @@ what is resident, how chunks are cut, and whether records are staged ahead or on
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,9 +23,10 @@ from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime import layer_product
 from expertflow_quant.runtime.layer_product import LayerProduct, cut_tokens
 
-DENSE_TOKENS = 128
-"""Tokens per expert from which experts are decoded first and multiplied dense. An estimate: decoding in the product is
-repeated for every block of tokens, so two full blocks decode everything twice."""
+DENSE_TOKENS = 512
+"""Tokens per expert from which experts are decoded first and multiplied dense. Measured on an H100 with int4-g128
+experts of 768 x 2048, 128 in a layer: at 128 tokens an expert 0.65 ms decoded in the product, 1.13 ms decoded first; at
+1,024 tokens 3.4 against 2.9 ms."""
 
 AHEAD_COVERAGE = 0.8
 """Expected share of a layer's experts that a pass meets, from which all are staged ahead without looking."""
@@ -65,6 +66,13 @@ class StreamStats:
     bytes_streamed: int = 0
     experts_resident: int = 0
     experts_streamed: int = 0
+
+    def __add__(self, other: "StreamStats") -> "StreamStats":
+        return StreamStats(
+            self.bytes_streamed + other.bytes_streamed,
+            self.experts_resident + other.experts_resident,
+            self.experts_streamed + other.experts_streamed,
+        )
 
 
 def expected_coverage(experts: int, top_k: int, tokens: int) -> float:
@@ -109,12 +117,20 @@ class StreamedExperts:
         self._ahead = False
         self._tokens = 0
         self._next = len(store.layers)
-        self._stats = StreamStats()
+        self._stats = self._total = StreamStats()
 
     @property
     def stats(self) -> StreamStats:
         """Counts since ``begin``; known to the host, nothing waits."""
         return self._stats
+
+    @property
+    def total(self) -> StreamStats:
+        """Counts of all passes since ``reset_total``."""
+        return self._total
+
+    def reset_total(self) -> None:
+        self._total = StreamStats()
 
     @property
     def ahead(self) -> bool:
@@ -211,12 +227,8 @@ class StreamedExperts:
             staged.release()
             streamed += staged.nbytes
             self._pump()
-        self._stats = replace(
-            self._stats,
-            bytes_streamed=self._stats.bytes_streamed + streamed,
-            experts_resident=self._stats.experts_resident + residents,
-            experts_streamed=self._stats.experts_streamed + order.experts.shape[0] - residents,
-        )
+        passed = StreamStats(streamed, residents, order.experts.shape[0] - residents)
+        self._stats, self._total = self._stats + passed, self._total + passed
 
     def _routed(self, layer: int, ids: Tensor, experts: int) -> _Order:
         """Ask for the experts of ``layer`` that are routed and missing: waits for the device unless none is missing."""

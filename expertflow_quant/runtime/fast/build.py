@@ -18,10 +18,10 @@ from expertflow_quant.runtime.fast.passes import Routes
 from expertflow_quant.runtime.fast.probe import Findings, probe, use_our_attention
 from expertflow_quant.runtime.streamed import StreamedExperts, StreamOptions
 
-CHUNK = 8
+CHUNK = 32
 """Records that are staged and multiplied together."""
 
-CHUNKS = 4
+CHUNKS = 2
 """Chunks in the staging ring: the link runs ahead of the computation by up to so many."""
 
 STAGING_SHARE = 8
@@ -118,6 +118,7 @@ def build_fast(
         model,
         kv,
         resident,
+        streamed,
         findings,
         options.buckets,
         routes=routes,

@@ -18,13 +18,16 @@ from expertflow_quant.kernels.blocks import blocks_of, sort_pairs
 from expertflow_quant.kernels.few import few_product
 from expertflow_quant.kernels.gate import Gate
 from expertflow_quant.kernels.grouped import combine, grouped_rows
+from expertflow_quant.offload.layer_slots import Pools
 from expertflow_quant.offload.resident import ResidentExperts
+from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.fast.attention import PassThrough
 from expertflow_quant.runtime.fast.compiled import compiled
 from expertflow_quant.runtime.fast.kv import KVRows
 from expertflow_quant.runtime.fast.passes import AttentionOptions, Routes
 from expertflow_quant.runtime.fast.probe import Findings
+from expertflow_quant.runtime.streamed import StreamedExperts, expected_coverage
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 FEW_ROWS = 4
@@ -45,7 +48,8 @@ class LookAhead:
         if distance < 1:
             raise ExpertFlowError(f"a look-ahead of {distance} layers: it must be at least 1")
         self.guess, self.distance = guess, distance
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # two, so that the next layer's slots are chosen while the link is busy with this one's records
+        self.streams = _two_streams(device) if device.type == "cuda" else None
 
 
 class DecodePass:
@@ -75,8 +79,9 @@ class DecodePass:
 
     def end(self) -> None:
         """The last ones: the side stream joins."""
-        if self._ahead is not None and self._ahead.stream is not None:
-            torch.cuda.current_stream().wait_stream(self._ahead.stream)
+        if self._ahead is not None and self._ahead.streams is not None:
+            for stream in self._ahead.streams:
+                torch.cuda.current_stream().wait_stream(stream)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         kept = self._kv.keys[layer], self._kv.values[layer], self._kv.lengths
@@ -110,13 +115,66 @@ class DecodePass:
         ahead = self._ahead
         if ahead is None or layer >= len(self._gates):
             return
-        if ahead.stream is None:
+        if ahead.streams is None:
             self._resident.prefetch(layer, ahead.guess(layer))
             return
-        ahead.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(ahead.stream):
-            self._resident.prefetch(layer, ahead.guess(layer))
-            self._filled[layer] = ahead.stream.record_event()
+        choosing, filling = ahead.streams
+        choosing.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(choosing):
+            self._resident.choose(layer, ahead.guess(layer))
+        filling.wait_stream(choosing)
+        with torch.cuda.stream(filling):
+            self._resident.fill(layer)
+            self._filled[layer] = filling.record_event()
+
+
+class StreamedDecodePass:
+    """A step whose rows want more experts of a layer than it has slots: missing ones stream past, as in a prefill.
+
+    Runs as it is, not captured: the link takes far longer than the host.
+    """
+
+    def __init__(
+        self,
+        kv: KVRows,
+        streamed: StreamedExperts,
+        gates: Sequence[Gate],
+        active: Tensor,
+        rows: int,
+        routes: Routes | None = None,
+    ) -> None:
+        self._kv, self._streamed, self._gates = kv, streamed, gates
+        self._active, self._rows, self._routes = active[:rows], rows, routes
+
+    def begin(self) -> None:
+        self._streamed.begin(self._rows)
+
+    def end(self) -> None:
+        """Nothing is left to wait for."""
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
+        kept = self._kv.keys[layer], self._kv.values[layer], self._kv.lengths
+        return decode_attention(q, k, v, *kept, options.scaling, options.window, options.sinks)
+
+    def experts(self, layer: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self._routes is not None:
+            ids = self._routes(layer, ids)
+        return self._streamed.layer(layer, self._gates[layer], hidden, ids, weights, self._active)
+
+
+def _two_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def overflows(layers: Sequence[LayerRecords], plan: Sequence[Pools], rows: int) -> bool:
+    """Whether ``rows`` tokens are expected to meet more experts of some layer than it has slots, if every token drew
+    evenly; never where all have slots."""
+    for layer, pools in zip(layers, plan, strict=True):
+        experts, slots = len(layer.nbytes), sum(count for _, count in pools)
+        met = experts * expected_coverage(experts, layer.top_k, rows)
+        if slots < experts and met > slots and rows * layer.top_k > slots:
+            return True
+    return False
 
 
 class DecodeGraphs:
@@ -124,7 +182,8 @@ class DecodeGraphs:
     call ``step``: it runs rows ``[:bucket]``, leaves ``logits(bucket)`` and the greedy ``picked``, and makes everything
     ready for the next step with the picked tokens as input.
 
-    On the CPU the same operations run without graphs. One thread at a time.
+    Buckets that want more experts than there are slots stream them instead (``overflows``), with no graph. On the CPU
+    the same operations run without graphs. One thread at a time.
     """
 
     def __init__(
@@ -132,6 +191,7 @@ class DecodeGraphs:
         model: Any,
         kv: KVRows,
         resident: ResidentExperts,
+        streamed: StreamedExperts,
         findings: Findings,
         buckets: Sequence[int] = BUCKETS,
         *,
@@ -147,13 +207,20 @@ class DecodeGraphs:
         self.positions = torch.zeros(*axes, rows, 1, dtype=torch.int64, device=self.device)
         self.active = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.picked = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self._passes = {
-            bucket: DecodePass(kv, resident, findings.gates, self.active, bucket, routes, ahead)
+        gates, layers = findings.gates, resident.store.layers
+        self._passes: dict[int, DecodePass | StreamedDecodePass] = {
+            bucket: StreamedDecodePass(kv, streamed, gates, self.active, bucket, routes)
+            if overflows(layers, resident.plan, bucket)
+            else DecodePass(kv, resident, gates, self.active, bucket, routes, ahead)
             for bucket in self.buckets
         }
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._compile = compile_layers
+        self.uncounted_hits = 0
+        """Experts used by single rows in layers that are resident for good, where no kernel runs that could count."""
+        whole = (layer.top_k for index, layer in enumerate(layers) if resident.all_resident(index))
+        self._whole_hits = sum(whole)
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket that holds ``rows`` rows."""
@@ -167,14 +234,22 @@ class DecodeGraphs:
             return
         pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(self.buckets):
+            if self.streams(bucket):
+                continue
             self._capture(bucket, pool)
             if on_bucket is not None:
                 on_bucket(bucket)
         self.kv.lengths.zero_()
 
+    def streams(self, bucket: int) -> bool:
+        """Whether steps of ``bucket`` stream experts past instead of keeping them in slots."""
+        return isinstance(self._passes[bucket], StreamedDecodePass)
+
     def step(self, bucket: int) -> None:
         """One token more for rows ``[:bucket]``; asynchronous on a GPU."""
         graph = self._graphs.get(bucket)
+        if bucket == 1:
+            self.uncounted_hits += self._whole_hits
         if graph is not None:
             graph.replay()
         else:

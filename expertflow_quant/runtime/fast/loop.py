@@ -44,7 +44,6 @@ class FastRunner:
         self.prefill_tokens: int | None = prefill_tokens
         self._findings, self._tokenizer, self._end_ids = findings, tokenizer, end_ids
         self._routes = routes
-        self._prefills = CacheStats()
 
     @property
     def max_rows(self) -> int | None:
@@ -56,18 +55,22 @@ class FastRunner:
 
     @property
     def stats(self) -> CacheStats:
-        """Prefill's experts and decode's together; ``layers`` has those of decode alone."""
-        decoded = self.resident.stats
+        """What was streamed past and what was kept together; ``layers`` has requests of captured steps alone.
+
+        A pass that streams counts every expert that it computed: one from a slot is a hit, a streamed one a miss.
+        """
+        kept, past = self.resident.stats, self.streamed.total
         return replace(
-            decoded,
-            hits=decoded.hits + self._prefills.hits,
-            misses=decoded.misses + self._prefills.misses,
-            bytes_moved=decoded.bytes_moved + self._prefills.bytes_moved,
+            kept,
+            hits=kept.hits + past.experts_resident + self.graphs.uncounted_hits,
+            misses=kept.misses + past.experts_streamed,
+            bytes_moved=kept.bytes_moved + past.bytes_streamed,
         )
 
     def reset_stats(self) -> None:
         self.resident.reset_stats()
-        self._prefills = CacheStats()
+        self.streamed.reset_total()
+        self.graphs.uncounted_hits = 0
 
     @property
     def expert_bytes(self) -> int:
@@ -117,12 +120,6 @@ class FastRunner:
         self.graphs.positions[..., first : first + len(prompts), :] = positions[..., -1:] + 1
         counts = torch.tensor(prompts.prompt_tokens, dtype=torch.int32)
         self.kv.lengths[first : first + len(prompts)] = counts.to(self.device)
-        seen = self.streamed.stats
-        self._prefills = CacheStats(
-            self._prefills.hits + seen.experts_resident,
-            self._prefills.misses + seen.experts_streamed,
-            self._prefills.bytes_moved + seen.bytes_streamed,
-        )
         return outputs.logits[:, -1]
 
 

@@ -97,7 +97,7 @@ def probe(model: Any, device: torch.device) -> Findings:
         raise
     except Exception as error:
         raise FastPathError(f"{type(model).__name__} does not run on the fast path: {error}") from error
-    if not seen.kv or sorted(seen.gates) != list(range(len(seen.gates))):
+    if not seen.kv or not seen.gates or sorted(seen.gates) != list(range(len(seen.gates))):
         raise FastPathError(f"{type(model).__name__} has no attention or no experts that the fast path could run")
     gates = tuple(seen.gates[layer] for layer in range(len(seen.gates)))
     return Findings(seen.kv, gates, positions.shape[0] if positions.ndim == 3 else 0)

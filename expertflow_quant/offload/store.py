@@ -68,7 +68,7 @@ class ExpertStore:
         on_progress: Callable[[int, int], None] | None = None,
         allocate: Callable[[int], Tensor] = pinned_slab,
     ) -> None:
-        self._source = source
+        self.source = source
         same: dict[RecordLayout, RecordLayout] = {}
         self.layouts = [[same.setdefault(each, each) for each in layer.layouts] for layer in source.layers]
         self.layers = [
@@ -97,7 +97,7 @@ class ExpertStore:
         """The record of one expert, uint8 ``[nbytes]`` in host memory."""
         record = self._records[layer][expert]
         if record is None:
-            record = self._records[layer][expert] = self._source.record(layer, expert)
+            record = self._records[layer][expert] = self.source.record(layer, expert)
         return record
 
     def layout(self, layer: int, expert: int) -> RecordLayout:
@@ -146,7 +146,7 @@ class ExpertStore:
             memory, used, copied = self._allocated(allocate, slab.nbytes), 0, []
             for layer, expert in itertools.islice(waiting, slab.records):
                 nbytes = self._size((layer, expert))
-                copied.append(self._source.record(layer, expert))
+                copied.append(self.source.record(layer, expert))
                 self._records[layer][expert] = memory[used : used + nbytes].copy_(copied[-1])
                 used += nbytes
                 self._pinned.add((layer, expert))

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from expertflow_quant.offload.stats import CacheStats
 from expertflow_quant.runtime.answers import Generation, Sampling, TextEmitter, cut_answer
+from expertflow_quant.runtime.memory import MemoryPlan
 from expertflow_quant.runtime.plain import PlainRunner
 from expertflow_quant.runtime.prompts import Message, PromptEncoder, Prompts
 from expertflow_quant.runtime.runner import Runner
@@ -30,7 +31,8 @@ from expertflow_quant.runtime.stream import Cancellable, TokenQueue, TokenStream
 class Engine:
     """A transformers model in eval mode, ours or a plain one, with its processor (or just its tokenizer).
 
-    ``last`` is the answer of the stream that ended or was closed last.
+    ``last`` is the answer of the stream that ended or was closed last. ``memory_plan``: how a promised device memory
+    is divided, if one was. ``plain_because``: why experts of our checkpoint take the plain path, if they do.
     """
 
     def __init__(self, model: Any, processor: Any, make_runner: Callable[["Engine"], Runner] | None = None) -> None:
@@ -38,6 +40,8 @@ class Engine:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.last: Generation | None = None
+        self.memory_plan: MemoryPlan | None = None
+        self.plain_because: str | None = None
         self._encoder = PromptEncoder(processor, model.config)
         self.end_ids = _end_ids(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         model.generation_config = GenerationConfig(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,24 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from expertflow_quant.checkpoint.manifest import MANIFEST_FILE
+from expertflow_quant.checkpoint.reader import CheckpointReader
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.models.device import pick_device
 from expertflow_quant.models.processor import load_processor
 from expertflow_quant.models.seams import model_class, read_config
-from expertflow_quant.offload.budget import parse_budget
+from expertflow_quant.offload.budget import format_bytes, parse_budget
+from expertflow_quant.offload.host_memory import available_bytes
+from expertflow_quant.offload.slots import plan_slots
+from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime.engine import Engine
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
+from expertflow_quant.runtime.fast.needs import fast_needs, weights_dtype
 from expertflow_quant.runtime.fast.probe import FastPathError
+from expertflow_quant.runtime.longest import patches_per_token
+from expertflow_quant.runtime.memory import MemoryPlan
+from expertflow_quant.runtime.plain import PlainRunner
+from expertflow_quant.runtime.promise import check_promise, make_promise, promised, refuse_promise
+from expertflow_quant.runtime.prompts import PromptEncoder
 from expertflow_quant.runtime.quantizer import ExpertFlowConfig, attach_cache
 from expertflow_quant.runtime.runner import Runner
 
@@ -31,21 +42,81 @@ def load(
     dtype: torch.dtype | str | None = None,
     verify: bool = True,
     *,
+    gpu_memory: int | str | None = None,
+    host_memory: int | str | None = None,
+    context: int | None = None,
+    rows: int | None = None,
     fast: bool | None = None,
     options: FastOptions | None = None,
     on_step: Callable[[str], None] | None = None,
+    on_pinned: Callable[[int, int], None] | None = None,
 ) -> Engine:
     """An engine on a quantized checkpoint, its experts in ``expert_memory`` of the device ("2MiB", "25%",
     bytes).
 
     ``dtype`` is that of activations and non-expert weights: by default float32 on the CPU, the model's own
-    elsewhere. ``verify`` checks every file's sha256 first. ``fast``: True for the fast path (captured decode steps,
-    streamed prefill; ``options`` set its sizes, ``on_step`` hears what building it does), False for transformers'
-    own ``generate``; by default the fast path on a GPU where the model can take it, and a warning that says why
-    where it cannot. Raises ExpertFlowError (BudgetError, CheckpointError, FastPathError) before anything is
-    generated: a budget below one token's working set, a missing or damaged file, an unknown format, no such device.
+    elsewhere. ``verify`` checks every file's sha256 first. ``context``: most tokens of a prompt and its answer (on the
+    fast path by default 4096 or what the model reads), ``rows``: most answers at once.
+
+    ``fast``: True for the fast path (captured decode steps, streamed prefill; ``options`` set its sizes, of which
+    ``context`` and ``rows`` override two, ``on_step`` hears what building it does), False for transformers' own
+    ``generate``; by default the fast path on a GPU where it can be taken, and a warning that says why where it cannot.
+
+    ``gpu_memory``, for the fast path: a promise that the device memory this process reserves stays below it, the
+    CUDA context, images and the longest prompt included. Experts get what is left, at most ``expert_memory``. The
+    sizes are planned before a weight is on the device, torch is told to refuse more (for the rest of the process), and
+    the longest prompt is run once. ``host_memory``: pinned memory for records, by default what is available; records
+    that do not fit stay in their files, which takes the plain path. ``on_pinned(done, total)`` hears bytes pinned.
+
+    Raises ExpertFlowError (BudgetError, CheckpointError, FastPathError, MemoryPlanError) before anything is
+    generated: a budget below one token's working set, a model that does not fit into ``gpu_memory``, a missing or
+    damaged file, an unknown format, no such device.
     """
-    folder = Path(path)
+    folder, target = Path(path), pick_device(device)
+    config, processor = _our_config(folder), load_processor(folder)
+    wanted = target.type == "cuda" if fast is None else fast
+    _refuse_memory(gpu_memory, host_memory, target, wanted)
+    sizes = _sizes(config, options, context, rows)
+    store = ExpertStore(CheckpointReader(folder))
+    budget, plan = parse_budget(expert_memory, store.nbytes), None
+    if gpu_memory is not None:
+        patches = patches_per_token(PromptEncoder(processor, config), config)
+        needs = fast_needs(config, store, weights_dtype(config, dtype), sizes, patches)
+        plan, budget = make_promise(gpu_memory, needs, store.layers, budget, target)
+    if not wanted:
+        plan_slots(store.layers, budget)  # refused before the model is read
+    config.quantization_config = {**config.quantization_config, "verify": verify, "place": False}
+    with promised(plan):
+        model = _model(folder, config, target, dtype)
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        model.expert_store = pinned_store(store, host_memory, on_pinned) if on_gpu else store
+        if not wanted:
+            reason = "the fast path was turned off" if fast is False else f"the device is {target}"
+            attach_cache(model, budget)
+            return _plain(model, processor, context, rows, reason)
+        try:
+            return _fast(model, processor, budget, sizes, plan, on_step)
+        except FastPathError as error:
+            if plan is not None:
+                remedy = "--gpu-memory is kept by the fast path only: give --expert-memory instead"
+                raise FastPathError(f"{error}; {remedy}") from error
+            if fast:
+                raise
+            log.warning("%s: the plain path is taken, which is slower", error)
+            return _plain(_plain_again(model, budget), processor, context, rows, str(error))
+
+
+def pinned_store(
+    store: ExpertStore, host_memory: int | str | None, on_pinned: Callable[[int, int], None] | None = None
+) -> ExpertStore:
+    """The records of ``store`` in at most ``host_memory`` of pinned memory, the others where they are."""
+    room = None
+    if host_memory is not None:
+        room = parse_budget(host_memory, available_bytes(), "--host-memory", "the host memory that is available")
+    return ExpertStore(store.source, pin=True, host_memory=room, on_progress=on_pinned)
+
+
+def _our_config(folder: Path) -> Any:
     if not (folder / MANIFEST_FILE).is_file():
         raise ExpertFlowError(
             f"{folder} holds no {MANIFEST_FILE}, so it is no finished expertflow checkpoint: make one with "
@@ -55,25 +126,67 @@ def load(
     saved = getattr(config, "quantization_config", None)
     if not isinstance(saved, dict) or saved.get("quant_method") != ExpertFlowConfig().quant_method:
         raise ExpertFlowError(f"{folder}/config.json names no quantization_config of ours: restore or quantize again")
-    target = pick_device(device)
-    wanted = target.type == "cuda" if fast is None else fast
-    config.quantization_config = {**saved, "expert_memory": expert_memory, "verify": verify, "fast": wanted}
-    model = _model(folder, config, target, dtype)
-    processor = load_processor(folder)
-    if not wanted:
-        return Engine(model, processor)
-    budget = parse_budget(expert_memory, model.expert_store.nbytes)
+    return config
+
+
+def _sizes(config: Any, options: FastOptions | None, context: int | None, rows: int | None) -> FastOptions:
+    """``options`` with the given sizes in place of its own, and no more room than the model reads tokens."""
+    sizes = options or FastOptions()
+    room = sizes.room if context is None else context
+    reads = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or room
+    return replace(sizes, rows=sizes.rows if rows is None else rows, room=min(room, reads))
+
+
+def _refuse_memory(
+    gpu_memory: int | str | None, host_memory: int | str | None, target: torch.device, fast: bool
+) -> None:
+    if target.type != "cuda" and host_memory is not None:
+        raise ExpertFlowError(
+            f"--host-memory {host_memory!r} is memory that a GPU reads, and the device is {target}, which reads "
+            "records where their files are mapped: leave it out, or choose a GPU with --device"
+        )
+    if gpu_memory is not None:
+        refuse_promise(gpu_memory, target, fast)
+
+
+def _fast(
+    model: Any,
+    processor: Any,
+    budget: int,
+    sizes: FastOptions,
+    plan: MemoryPlan | None,
+    on_step: Callable[[str], None] | None,
+) -> Engine:
+    _refuse_unpinned(model.expert_store, next(model.parameters()).device)
 
     def runner(engine: Engine) -> Runner:
-        return build_fast(model, engine.tokenizer, engine.end_ids, budget, options or FastOptions(), on_step=on_step)
+        return build_fast(model, engine.tokenizer, engine.end_ids, budget, sizes, on_step=on_step)
 
-    try:
-        return Engine(model, processor, runner)
-    except FastPathError as error:
-        if fast:
-            raise
-        log.warning("%s: the plain path is taken, which is slower", error)
-    return Engine(_plain_again(model, budget), processor)
+    engine = Engine(model, processor, runner)
+    if plan is not None:
+        engine.memory_plan = plan
+        if on_step is not None:
+            on_step("reading the longest prompt")
+        check_promise(engine, plan, sizes)
+    return engine
+
+
+def _refuse_unpinned(store: ExpertStore, device: torch.device) -> None:
+    if device.type == "cuda" and not store.pinned:
+        raise FastPathError(
+            f"{format_bytes(store.pinned_bytes)} of {format_bytes(store.nbytes)} of records are in pinned memory, and "
+            "the fast path reads all of them there: give more with --host-memory, free host memory, or use a smaller "
+            "format"
+        )
+
+
+def _plain(model: Any, processor: Any, context: int | None, rows: int | None, reason: str) -> Engine:
+    def runner(engine: Engine) -> Runner:
+        return PlainRunner(model, engine.tokenizer, rows, context)
+
+    engine = Engine(model, processor, runner)
+    engine.plain_because = reason
+    return engine
 
 
 def _plain_again(model: Any, budget: int) -> Any:

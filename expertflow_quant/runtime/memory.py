@@ -161,7 +161,7 @@ class MemoryPlan:
         for name, nbytes, what in (
             *self.needs.parts(),
             ("experts", self.experts, f"{share:.0%} of {format_bytes(self.needs.expert_bytes)}"),
-            ("free", self.free, "nothing: all experts are resident"),
+            ("free", self.free, "nothing"),
         ):
             if nbytes or name == "experts":
                 shown.add_row(name, format_bytes(nbytes), what)

@@ -41,7 +41,13 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def prefill_bytes(
-    config: Any, tokens: int, dtype: torch.dtype, rows: int = 1, patches: int = 0, scored: int = 0
+    config: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    rows: int = 1,
+    patches: int = 0,
+    scored: int = 0,
+    routed: int | None = None,
 ) -> int:
     """A bound for the scratch of one prefill of ``tokens`` tokens (all rows together) and ``patches`` image patches.
 
@@ -58,14 +64,15 @@ def prefill_bytes(
     plus, of images, their features, and in place of all that the vision tower's own passes if those take more
     (``vision_bytes``). S is ``scored``: the tokens of the longest row where attention holds the scores of all A heads
     in memory, 0 where its kernels do not (flash attention and kin). It holds where only the last tokens get logits.
-    What decodes experts into dense matrices needs their room besides.
+    ``routed``: bytes of the experts' products where transformers does not compute them, in place of the line of
+    pairs; without it what decodes experts into dense matrices needs their room besides.
     """
     s, d = TextSizes.of(config), dtype.itemsize
     queries, others = s.queries, s.keys + s.values
     stream = tokens * ((3 * d + 12) * s.hidden + 64)
     attention = tokens * (d * 6 * (queries + others) + 12 * (queries + others))
     attention += tokens * scored * (s.heads * (3 * d + 4) + d + 1)
-    pairs = tokens * s.top_k * (d * (2 * s.hidden + 3 * s.intermediate) + 64)
+    pairs = tokens * s.top_k * (d * (2 * s.hidden + 3 * s.intermediate) + 64) if routed is None else routed
     feedforward = tokens * (12 * s.experts + d * (3 * s.dense + 2 * s.hidden)) + pairs
     logits = rows * s.vocabulary * (d + 8)
     text = stream + max(attention, feedforward) + logits

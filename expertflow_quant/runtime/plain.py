@@ -17,13 +17,13 @@ from expertflow_quant.runtime.stream import Cancellable, TokenQueue
 
 
 class PlainRunner:
-    """Runs ``model``, ours with its expert cache or an ordinary one, one batch of prompts after the other."""
+    """Runs ``model``, ours with its expert cache or an ordinary one, one batch of prompts after the other; ``max_rows``
+    and ``room`` as in ``runner.Runner``."""
 
-    max_rows: int | None = None
     prefill_tokens: int | None = None
-    room: int | None = None
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, max_rows: int | None = None, room: int | None = None) -> None:
+        self.max_rows, self.room = max_rows, room
         self.model, self._tokenizer = model, tokenizer
         self._cache: ExpertCache | None = getattr(model, "expert_cache", None)
 

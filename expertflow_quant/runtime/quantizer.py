@@ -30,7 +30,7 @@ from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime.experts import NAME, LayerExperts, attach, attached, experts_forward
 
 VERSION = 1
-LOADING_OPTIONS = ("expert_memory", "verify", "fast")
+LOADING_OPTIONS = ("expert_memory", "verify", "place")
 
 
 @register_quantization_config("expertflow")
@@ -38,8 +38,8 @@ class ExpertFlowConfig(QuantizationConfigMixin):
     """What config.json says of our checkpoints, and how to load them.
 
     ``expert_memory``: device bytes for experts, as ``offload.budget.parse_budget`` reads them (default: all
-    resident). ``verify``: check the sha256 of every file before loading (default), not only the sizes. ``fast``:
-    leave the experts in host memory as ``model.expert_store``, for the engine's fast path to place. Give
+    resident). ``verify``: check the sha256 of every file before loading (default), not only the sizes. ``place``:
+    False leaves the experts in their files as ``model.expert_store``, for the engine to pin and place. Give
     them as ``from_pretrained(OUT, quantization_config=ExpertFlowConfig(expert_memory="2MiB"))``; they are
     never saved. Raises ExpertFlowError for a version or an option that this build does not know.
     """
@@ -48,7 +48,7 @@ class ExpertFlowConfig(QuantizationConfigMixin):
         self,
         expert_memory: int | str = "100%",
         verify: bool = True,
-        fast: bool = False,
+        place: bool = True,
         version: int = VERSION,
         quant_method: str = NAME,
         **unknown: Any,
@@ -63,7 +63,7 @@ class ExpertFlowConfig(QuantizationConfigMixin):
         self.version = version
         self.expert_memory = expert_memory
         self.verify = verify
-        self.fast = fast
+        self.place = place
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config given to ``from_pretrained`` overrides in the checkpoint's own."""
@@ -135,8 +135,8 @@ class ExpertFlowQuantizer(HfQuantizer):
         if self.quantization_config.verify:
             self._reader.verify(full=True)
         self._store = ExpertStore(self._reader)
-        self._budget = parse_budget(self.quantization_config.expert_memory, self._store.nbytes)
-        if not self.quantization_config.fast:
+        if self.quantization_config.place:
+            self._budget = parse_budget(self.quantization_config.expert_memory, self._store.nbytes)
             plan_slots(self._store.layers, self._budget)
         self._modules = _matching_modules(model, self._reader.layers)
         for module in self._modules:
@@ -144,13 +144,12 @@ class ExpertFlowQuantizer(HfQuantizer):
         model.set_experts_implementation(NAME)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        device = next(model.parameters()).device
-        store = ExpertStore(self._reader, pin=True) if device.type == "cuda" else self._store
+        place, device = self.quantization_config.place, next(model.parameters()).device
         del model.config.transformers_weights  # ours to set, not the model's to keep
         for layer, module in enumerate(self._modules):
             attach(module, LayerExperts(None, layer))
-        model.expert_store = store
-        if not self.quantization_config.fast:
+        model.expert_store = ExpertStore(self._reader, pin=True) if place and device.type == "cuda" else self._store
+        if place:
             attach_cache(model, self._budget)
 
 

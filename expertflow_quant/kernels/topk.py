@@ -8,6 +8,8 @@ from expertflow_quant.kernels.launch import use_triton
 
 MAX_ROW = 1024
 MAX_K = 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Those whose numbers are numbers of float32 too, in which the kernel compares."""
 
 
 def fits_topk(columns: int, k: int) -> bool:
@@ -18,12 +20,13 @@ def fits_topk(columns: int, k: int) -> bool:
 def small_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values ``[T, k]`` in scores' dtype and int64 indices ``[T, k]`` of each row's k largest, largest first.
 
-    ``scores [T, columns]`` without NaN. Among equal values the smallest index comes first. Raises ExpertFlowError
-    for rows or k that ``fits_topk`` refuses.
+    ``scores [T, columns]`` of one of ``DTYPES``, without NaN. Among equal values the smallest index comes first.
+    Raises ExpertFlowError for rows or k that ``fits_topk`` refuses, and for other dtypes.
     """
-    if scores.ndim != 2 or not fits_topk(scores.shape[1], k):
+    if scores.ndim != 2 or not fits_topk(scores.shape[1], k) or scores.dtype not in DTYPES:
         raise ExpertFlowError(
-            f"the {k} largest of {tuple(scores.shape)}: small_topk takes rows of up to {MAX_ROW} and k up to {MAX_K}"
+            f"the {k} largest of {tuple(scores.shape)} {scores.dtype}: small_topk takes rows of up to {MAX_ROW} "
+            f"numbers in float32 or narrower floats, and k up to {MAX_K}"
         )
     if not use_triton(scores):
         return small_topk_reference(scores, k)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from expertflow_quant.kernels.topk import fits_topk, small_topk
+from expertflow_quant.kernels.topk import DTYPES, fits_topk, small_topk
 
 GEMV_ROWS = 1
 """Batch sizes up to this one have their matrix products generated: a library's cost a third more for one row."""
@@ -75,10 +75,12 @@ def _short_topk(node: fx.Node) -> bool:
     called = (node.op, node.target) in (("call_function", torch.topk), ("call_method", "topk"))
     if not called or not all(user.target is operator.getitem for user in node.users):
         return False
-    scores = node.args[0].meta.get("example_value") if isinstance(node.args[0], fx.Node) else None
+    given = node.args[0] if node.args else None
+    scores = given.meta.get("example_value") if isinstance(given, fx.Node) else None
     k = node.args[1] if len(node.args) > 1 else node.kwargs.get("k")
     options = {**dict(zip(("dim", "largest", "sorted"), node.args[2:], strict=False)), **node.kwargs}
     if not isinstance(scores, Tensor) or not isinstance(k, int) or scores.ndim != 2:
         return False
     largest = options.get("largest", True) is True
-    return largest and options.get("dim", -1) in (-1, 1) and fits_topk(scores.shape[1], k)
+    fits = scores.dtype in DTYPES and fits_topk(scores.shape[1], k)
+    return largest and options.get("dim", -1) in (-1, 1) and fits

@@ -90,3 +90,9 @@ def test_more_than_the_kernel_takes_is_refused(columns: int, k: int, device: str
         small_topk(torch.zeros(1, columns, device=device), k)
     with pytest.raises(ExpertFlowError, match="rows of up to"):
         small_topk(torch.zeros(8, device=device), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int32])
+def test_numbers_that_float32_does_not_have_are_refused(dtype: torch.dtype, device: str) -> None:
+    with pytest.raises(ExpertFlowError, match="narrower floats"):
+        small_topk(torch.zeros(2, 8, dtype=dtype, device=device), 2)

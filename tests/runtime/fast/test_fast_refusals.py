@@ -1,0 +1,150 @@
+"""Models and options that the fast path does not take, and what happens then."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from helpers import fast, tiny
+from helpers.fast import CONVERSATIONS, load_fast, tokens
+
+import expertflow_quant
+from expertflow_quant import ExpertFlowError
+from expertflow_quant.runtime import loading
+from expertflow_quant.runtime.fast.build import FastOptions, build_fast, share_expert_memory
+from expertflow_quant.runtime.fast.probe import FastPathError, gate_of, probe, use_our_attention
+
+
+class SeeminglyGpu:
+    """A device whose type says cuda, so that ``load`` chooses what it would choose there, and whose name is cpu."""
+
+    type = "cuda"
+
+    def __str__(self):
+        return "cpu"
+
+
+def test_a_model_that_cannot_take_it_says_why(folder_of):
+    with pytest.raises(FastPathError, match="layer 0 has heads of 32 for keys and 16 for values"):
+        expertflow_quant.load(folder_of(fast.REFUSED), fast=True)
+
+
+@pytest.fixture
+def seemingly_gpu(monkeypatch):
+    monkeypatch.setattr(loading, "pick_device", lambda device: SeeminglyGpu())
+    monkeypatch.setattr(loading, "pinned_store", lambda store, *rest: store)
+
+
+def test_where_it_was_not_asked_for_the_plain_path_is_taken_with_a_warning(folder_of, plain_of, seemingly_gpu, caplog):
+    with caplog.at_level(logging.WARNING, logger="expertflow_quant"):
+        engine = expertflow_quant.load(folder_of(fast.REFUSED), dtype=torch.float32)
+    assert "heads of 32 for keys and 16 for values" in caplog.text
+    assert "the plain path is taken" in caplog.text
+    assert engine.runner.max_rows is None
+    assert engine.device_expert_bytes == engine.expert_bytes
+    assert tokens(engine, CONVERSATIONS[:3]) == tokens(plain_of(fast.REFUSED), CONVERSATIONS[:3])
+    assert engine.stats.requests > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "gpt_oss"])
+def test_a_model_whose_fast_path_failed_late_is_a_plain_one_again(
+    family, folder_of, plain_of, seemingly_gpu, monkeypatch
+):
+    def built_and_refused(*args, **options):
+        build_fast(*args, **options)
+        raise FastPathError("on second thoughts, no")
+
+    monkeypatch.setattr(loading, "build_fast", built_and_refused)
+    engine = expertflow_quant.load(folder_of(family), dtype=torch.float32)
+    assert engine.runner.max_rows is None
+    assert tokens(engine, CONVERSATIONS[:3]) == tokens(plain_of(family), CONVERSATIONS[:3])
+    with pytest.raises(FastPathError, match="second thoughts"):
+        expertflow_quant.load(folder_of(family), dtype=torch.float32, fast=True)
+
+
+def test_on_a_gpu_the_fast_path_is_what_is_taken(folder_of, plain_of, seemingly_gpu):
+    engine = expertflow_quant.load(folder_of("qwen3_moe"), "50%", dtype=torch.float32)
+    assert engine.runner.max_rows == FastOptions().rows
+    assert tokens(engine, CONVERSATIONS[:2]) == tokens(plain_of("qwen3_moe"), CONVERSATIONS[:2])
+    plain = expertflow_quant.load(folder_of("qwen3_moe"), fast=False, dtype=torch.float32)
+    assert plain.runner.max_rows is None
+
+
+def test_on_the_cpu_nothing_is_fast_unless_it_is_asked_for(folder_of):
+    assert expertflow_quant.load(folder_of("qwen3_moe")).runner.max_rows is None
+
+
+def test_a_model_of_the_fast_path_is_not_called_by_itself(folder_of):
+    engine = load_fast(folder_of("qwen3_moe"))
+    ids = torch.full((1, 3), 20)
+    with pytest.raises(ExpertFlowError, match="fast"):
+        engine.model(input_ids=ids)
+
+
+def test_a_model_without_experts_is_refused():
+    config = transformers.Qwen3Config(**tiny.TEXT, intermediate_size=48)
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    use_our_attention(model)
+    with pytest.raises(FastPathError, match="no attention or no experts"):
+        probe(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "fused", "axes"),
+    [
+        ("qwen3_moe", "silu", False),
+        ("qwen3_vl_moe", "silu", True),
+        ("mixtral", "silu", False),
+        ("olmoe", "silu", False),
+        ("gpt_oss", None, False),  # a gate of its own
+        ("nemotron_h", None, False),  # no gate at all
+    ],
+)
+def test_what_the_probe_finds(family, fused, axes, folder_of):
+    findings = load_fast(folder_of(family)).runner._findings
+    assert findings.kv
+    assert all((kv.heads, kv.key_size, kv.value_size) == (2, 16, 16) for kv in findings.kv.values())
+    assert [gate.fused for gate in findings.gates] == [fused] * 2
+    assert bool(findings.position_axes) == axes
+
+
+def test_another_activation_is_not_fused():
+    model = tiny.tiny_model("qwen3_moe")
+    module = model.model.layers[0].mlp.experts
+    assert gate_of(module).fused == "silu"
+    module.act_fn = torch.nn.GELU()
+    assert gate_of(module).fused is None
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rows": 0}, "rows 0 must be at least 1"),
+        ({"rows": 33}, "give at most 32"),
+        ({"room": 1}, "room 1 must be at least 2"),
+        ({"prefill_tokens": 0}, "prefill_tokens 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, named):
+    with pytest.raises(ExpertFlowError, match=named):
+        FastOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "buckets"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 4)), (8, (1, 2, 4, 8)), (32, (1, 2, 4, 8, 16, 32))]
+)
+def test_buckets_reach_the_rows(rows, buckets):
+    assert FastOptions(rows=rows).buckets == buckets
+
+
+def test_expert_memory_is_shared_within_the_budget(folder_of):
+    layers = load_fast(folder_of("qwen3_moe")).model.expert_store.layers
+    largest = max(max(layer.nbytes) for layer in layers)
+    total = sum(sum(layer.nbytes) for layer in layers)
+    for budget in range(2 * largest, total, largest // 2):
+        shared = share_expert_memory(layers, budget)
+        assert shared.slot_bytes + shared.ring_slots * largest == budget
+        assert shared.slot_bytes >= 0
+        assert shared.ring_slots >= 2
+        assert shared.ring_slots % shared.chunk == 0
+    assert share_expert_memory(layers, total).slot_bytes == total

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import tiny
+import transformers
+from helpers import resident, tiny
+from helpers.records import random_record
 from PIL import Image
 
 import expertflow_quant
 from expertflow_quant import Engine
+from expertflow_quant.formats import Format, RecordLayout
+from expertflow_quant.models.seams import expert_modules, expert_parameters, expert_shape, top_k
 from expertflow_quant.offload.budget import parse_budget
+from expertflow_quant.offload.store import ExpertStore
+from expertflow_quant.runtime.experts import NAME, LayerExperts, attach
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
 from expertflow_quant.runtime.fast.loop import FastRunner
 
@@ -87,3 +93,47 @@ def tokens(engine: Engine, conversations: Sequence[Any], count: int = 10, **opti
 def one_by_one(engine: Engine, conversations: Sequence[Any], count: int = 10) -> list[tuple[int, ...]]:
     """What each conversation gets when it is alone, without padding."""
     return [tokens(engine, [conversation], count)[0] for conversation in conversations]
+
+
+class RandomExperts:
+    """What a store reads: every layer's experts in one format, ``DISTINCT`` different records over and over."""
+
+    DISTINCT = 24
+
+    def __init__(self, model: Any, format: str) -> None:
+        parsed = Format.parse(format)
+        shapes = [(expert_shape(module), module.num_experts, name) for name, module in expert_modules(model)]
+        self.layers = [
+            resident.Layer([RecordLayout(shape, parsed, False)] * count, top_k(model, name), name, shape)
+            for shape, count, name in shapes
+        ]
+        generator = torch.Generator().manual_seed(3)
+        layout = self.layers[0].layouts[0]
+        self._records = [random_record(layout, generator) for _ in range(self.DISTINCT)]
+        for record in self._records:
+            for name, field in layout.views(record).items():
+                if name.endswith(".scales"):
+                    field.mul_(0.3)  # about as wide as trained weights of these sizes are
+
+    def record(self, layer: int, expert: int) -> torch.Tensor:
+        return self._records[(7 * layer + expert) % self.DISTINCT]
+
+
+def random_moe(config: Any, format: str, device: str, dtype: torch.dtype) -> Any:
+    """A random Qwen3-MoE that has its experts in a store only. Experts come in groups of ``top_k`` with nearly equal
+    routers, so that rounding seldom changes who is chosen."""
+    with torch.device(device):
+        torch.manual_seed(0)
+        model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=dtype).eval()
+    model.expert_store = ExpertStore(RandomExperts(model, format), pin=device != "cpu")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(50)
+        for layer, (_, module) in enumerate(expert_modules(model)):
+            for name in expert_parameters(module).values():
+                del module._parameters[name]
+            attach(module, LayerExperts(None, layer))
+            router = model.model.layers[layer].mlp.gate.weight
+            leaders = torch.randn_like(router[:: config.num_experts_per_tok]) * router.shape[1] ** -0.5
+            router.copy_(leaders.repeat_interleave(config.num_experts_per_tok, dim=0) + 1e-3 * torch.randn_like(router))
+    model.set_experts_implementation(NAME)
+    return model

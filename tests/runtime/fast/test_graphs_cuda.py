@@ -1,0 +1,327 @@
+"""Captured steps on a GPU: the tokens of the plain path in float32, its logits in bf16 at real widths."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import fast
+from helpers.fast import RandomExperts, random_moe, smallest_budget
+from torch.nn import functional
+
+import expertflow_quant
+from expertflow_quant.checkpoint.plan import Plan
+from expertflow_quant.formats import Format
+from expertflow_quant.runtime.answers import Sampling
+from expertflow_quant.runtime.fast.build import FastOptions, build_fast
+from expertflow_quant.runtime.fast.decode import LookAhead
+from expertflow_quant.runtime.prompts import Prompts
+from expertflow_quant.runtime.quantizer import attach_cache
+from expertflow_quant.samples import make_items
+
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(900)]
+
+DEVICE = "cuda"
+SHIPPED = Path(__file__).parents[3] / "calibration" / "shipped" / "moe"
+NEW_TOKENS = 12
+ROOM = 320
+MIXED = ("int4-g32", "int8-g32", "int2-g32", "bf16")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def full_float32():
+    """No TF32: float32 means float32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The shipped model in int4, and in a format of its own for every expert."""
+    if not (SHIPPED / "config.json").is_file():
+        pytest.skip(f"no trained model in {SHIPPED}")
+    root = tmp_path_factory.mktemp("shipped")
+    formats = {expert: Format.parse(MIXED[expert % 4]) for expert in range(16)}
+    plans = {"int4": "int4-g32", "mixed": Plan(Format.parse("int4-g32"), dict.fromkeys(range(6), formats))}
+    for name, plan in plans.items():
+        expertflow_quant.quantize_model(SHIPPED, root / name, method="rtn", plan=plan, device=DEVICE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def items():
+    """64 that no model here has learned from, long and short questions side by side."""
+    made = zip(make_items("chart", "test", 32), make_items("document", "test", 32))
+    return [item.messages for pair in made for item in pair]
+
+
+@pytest.fixture(scope="module")
+def wanted(shipped, items):
+    """The plain path's tokens, by checkpoint."""
+    found = {}
+    for name in ("int4", "mixed"):
+        engine = expertflow_quant.load(shipped / name, device=DEVICE, dtype=torch.float32, fast=False)
+        parts = [items[first : first + 8] for first in range(0, len(items), 8)]
+        found[name] = [row for part in parts for row in fast.tokens(engine, part, NEW_TOKENS)]
+    return found
+
+
+def fast_engine(folder, memory, rows=8, **options):
+    sizes = FastOptions(rows=rows, room=ROOM, **options)
+    return expertflow_quant.load(folder, memory, DEVICE, torch.float32, fast=True, options=sizes)
+
+
+def differing(got, want):
+    return [index for index, (one, other) in enumerate(zip(got, want, strict=True)) if one != other]
+
+
+@pytest.mark.parametrize("memory", ["100%", "25%", "smallest"])
+@pytest.mark.parametrize("name", ["int4", "mixed"])
+def test_tokens_are_those_of_the_plain_path(name, memory, shipped, items, wanted):
+    if memory == "smallest":
+        memory = smallest_budget(expertflow_quant.load(shipped / name, fast=False))
+    engine = fast_engine(shipped / name, memory)
+    for rows in (8, 4, 1):
+        parts = [items[first : first + rows] for first in range(0, len(items), rows)]
+        got = [row for part in parts for row in fast.tokens(engine, part, NEW_TOKENS)]
+        assert differing(got, wanted[name]) == [], f"{rows} rows"
+    assert (engine.stats.misses == 0) == (memory == "100%")
+
+
+def test_uncompiled_layers_and_padding_rows(shipped, items, wanted):
+    engine = fast_engine(shipped / "mixed", "40%", compile_layers=False)
+    for rows in (7, 3, 5):
+        assert differing(fast.tokens(engine, items[:rows], NEW_TOKENS), wanted["mixed"][:rows]) == []
+    stream = engine.stream(items[2], NEW_TOKENS)
+    assert list(stream)
+    assert stream.last.token_ids == wanted["mixed"][2]
+
+
+def prefilled(runner, engine, items):
+    """The rows' prompts read, everything ready for a step."""
+    graphs, rows = runner.graphs, len(items)
+    (prompts,) = engine._encode(items, Sampling(NEW_TOKENS))
+    graphs.active.zero_()
+    graphs.kv.lengths.zero_()
+    graphs.tokens[:rows, 0] = runner.prefill(prompts, 0).argmax(dim=-1)
+    graphs.active[:rows] = True
+
+
+def stepped(runner, engine, items, steps=6):
+    """Logits ``[steps, rows, vocabulary]`` of steps after the prompts."""
+    graphs, rows, found = runner.graphs, len(items), []
+    with torch.inference_mode():
+        prefilled(runner, engine, items)
+        for _ in range(steps):
+            graphs.step(graphs.bucket(rows))
+            found.append(graphs.logits(graphs.bucket(rows))[:rows].clone())
+    return torch.stack(found)
+
+
+@pytest.fixture(scope="module")
+def engine(shipped):
+    return fast_engine(shipped / "int4", "25%")
+
+
+def test_a_graph_does_the_same_after_others_ran(engine, items):
+    first = {rows: stepped(engine.runner, engine, items[:rows]) for rows in (1, 2, 4, 8)}
+    for rows in (4, 1, 8, 2, 1):
+        assert torch.equal(stepped(engine.runner, engine, items[:rows]), first[rows]), f"{rows} rows"
+
+
+def test_rows_do_not_depend_on_each_other(engine, items):
+    together = stepped(engine.runner, engine, items[:4])
+    for row in range(4):
+        alone = stepped(engine.runner, engine, items[row : row + 1])
+        torch.testing.assert_close(together[:, row : row + 1], alone, rtol=0, atol=2e-4)
+
+
+def test_a_step_never_waits_for_the_device(engine, items):
+    graphs = engine.runner.graphs
+    with torch.inference_mode():
+        for rows in (1, 2, 4, 8):
+            prefilled(engine.runner, engine, items[:rows])
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(4):
+                    graphs.step(rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_that_is_not_captured_never_waits_either(engine, items):
+    """So that nothing in it could have been frozen into a graph."""
+    graphs = engine.runner.graphs
+    with torch.inference_mode():
+        for rows in (1, 8):
+            prefilled(engine.runner, engine, items[:rows])
+            want = graphs.logits(rows)[:rows].clone() if graphs.step(rows) is None else None
+            prefilled(engine.runner, engine, items[:rows])
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                graphs._run(rows)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            torch.testing.assert_close(graphs._logits[rows][:rows], want, rtol=0, atol=2e-4)
+            graphs.capture()  # the graph's logits are its own again
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("guess", ["right", "wrong"])
+def test_a_look_ahead_only_moves_bytes_early(guess, distance, engine, items):
+    options = FastOptions(rows=1, room=ROOM)
+    layers, width, experts, steps = 6, 2, 16, 8
+    seen = torch.zeros(layers, 1, width, dtype=torch.int64, device=DEVICE)
+
+    def recorded(layer, ids):
+        if len(ids) == 1:
+            seen[layer].copy_(ids)
+        return ids
+
+    def run(runner, told=None):
+        made, ids, graphs = [], [], runner.graphs
+        with torch.inference_mode():
+            prefilled(runner, engine, items[:1])
+            for step in range(steps):
+                if told is not None:
+                    shown.copy_(told[step])
+                graphs.step(1)
+                made.append(graphs.logits(1).clone())
+                ids.append(seen.clone())
+        return torch.stack(made), ids, sum(layer.misses for layer in runner.resident.stats.layers)
+
+    want, told, missed = run(fast.rebuilt(engine, "40%", options, routes=recorded))
+    assert missed > 0
+    shown = torch.zeros_like(seen)
+    if guess == "wrong":
+        told = [(ids + 1) % experts for ids in told]
+    runner = fast.rebuilt(
+        engine,
+        "40%",
+        options,
+        make_ahead=lambda findings: LookAhead(lambda layer: shown[layer], distance, torch.device(DEVICE)),
+    )
+    got, _, misses = run(runner, told)
+    assert torch.equal(got.argmax(dim=-1), want.argmax(dim=-1))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+    assert runner.resident.prefetched_bytes > 0
+    assert misses == 0 if guess == "right" else misses > 0
+
+
+REAL = {
+    "vocab_size": 4096,
+    "hidden_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 1024,
+}
+FORMAT = "int4-g128"
+CLEAR_ROUTE = 0.1
+"""Router logits whose eighth is ahead of the ninth by so much, in deviations, survive rounding to bf16."""
+
+CLEAR_TOKEN = 0.1
+
+
+def random_prompts(lengths, vocabulary):
+    """Left-padded random tokens."""
+    generator = torch.Generator().manual_seed(5)
+    width = max(lengths)
+    ids = torch.randint(1, vocabulary, (len(lengths), width), generator=generator)
+    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    return Prompts({"input_ids": ids * mask, "attention_mask": mask}, tuple(lengths), (0,) * len(lengths))
+
+
+def decode_told(runner, prompts, following, bucket):
+    """Logits ``[rows, steps + 1, vocabulary]`` after the prompts and after each of ``following [rows, steps]``."""
+    graphs, rows = runner.graphs, len(prompts)
+    with torch.inference_mode():
+        graphs.active.zero_()
+        graphs.kv.lengths.zero_()
+        found = [runner.prefill(prompts, 0).clone()]
+        graphs.active[:rows] = True
+        for step in range(following.shape[1]):
+            graphs.tokens[:rows, 0] = following[:, step]
+            graphs.step(bucket)
+            found.append(graphs.logits(bucket)[:rows].clone())
+    return torch.stack(found, dim=1)
+
+
+def plain_logits(model, prompts, following, top_k):
+    """The same from full forward passes of the plain path, row by row, and the smallest lead of a routed expert over
+    one that was not, ``[rows, steps + 1]``: in any layer, at the last token."""
+    leads = []
+
+    def lead(module, args):
+        scores = functional.linear(args[0].reshape(-1, args[0].shape[-1]), module.weight).float()
+        best = scores.topk(top_k + 1, dim=-1)[0]
+        leads.append((best[:, -2] - best[:, -1]) / scores.std(dim=-1))
+
+    hooks = [layer.mlp.gate.register_forward_pre_hook(lead) for layer in model.model.layers]
+    ids, steps = prompts.inputs["input_ids"], following.shape[1] + 1
+    logits, clear = [], []
+    with torch.inference_mode():
+        for row, count in enumerate(prompts.prompt_tokens):
+            leads.clear()
+            whole = torch.cat([ids[row, -count:].to(following.device), following[row]])
+            logits.append(model(input_ids=whole[None], use_cache=False).logits[0, -steps:])
+            clear.append(torch.stack([each[-steps:] for each in leads]).amin(dim=0))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(logits), torch.stack(clear)
+
+
+def check_logits(got, want, clear, tolerance, least):
+    """Relative errors of whole rows of logits where routes are clear, and greedy tokens where they are, too."""
+    error = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
+    known = clear > CLEAR_ROUTE
+    assert known.float().mean() > least
+    assert float(error[known].max()) < tolerance, error
+    best = want.float().topk(2, dim=-1)[0]
+    sure = known & (best[..., 0] - best[..., 1] > CLEAR_TOKEN * want.float().std(dim=-1))
+    assert sure.float().mean() > least / 4
+    assert torch.equal(got.argmax(dim=-1)[sure], want.argmax(dim=-1)[sure])
+
+
+@pytest.fixture(scope="module")
+def real():
+    config = transformers.Qwen3MoeConfig(**REAL)
+    return random_moe(config, FORMAT, DEVICE, torch.bfloat16)
+
+
+@pytest.mark.parametrize("memory", ["100%", "25%", "smallest"])
+def test_logits_at_real_widths(memory, real):
+    store = real.expert_store
+    assert store.nbytes == 2 * 128 * store.layers[0].nbytes[0]
+    budget = {"100%": store.nbytes, "25%": store.nbytes // 4, "smallest": 2 * store.layers[0].nbytes[0]}[memory]
+    runner = build_fast(real, None, frozenset(), budget, FastOptions(rows=8, room=128))
+    cases = []
+    for bucket, lengths in ((1, [37]), (4, [50, 9, 23]), (8, [64, 3, 17, 40, 41, 8, 29, 60])):
+        prompts = random_prompts(lengths, REAL["vocab_size"])
+        following = torch.randint(1, REAL["vocab_size"], (len(lengths), 6), device=DEVICE)
+        cases.append((prompts, following, decode_told(runner, prompts, following, bucket)))
+    if memory != "100%":
+        assert runner.stats.misses > 0
+    attach_cache(real, store.nbytes)
+    real.set_attn_implementation("sdpa")
+    for prompts, following, got in cases:
+        want, clear = plain_logits(real, prompts, following, REAL["num_experts_per_tok"])
+        check_logits(got, want, clear, 2e-2, 0.25)
+
+
+def test_records_of_the_random_model_differ(real):
+    assert isinstance(real.expert_store.source, RandomExperts)
+    first, second = (real.expert_store.record(0, expert) for expert in (0, 1))
+    assert not torch.equal(first, second)

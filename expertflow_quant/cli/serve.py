@@ -23,6 +23,19 @@ Dtype = Annotated[
 ]
 MaxQueue = Annotated[int, typer.Option(help="Requests that may wait while one is answered; more get 429.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer that a client may ask for.")]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option("--gpu-memory", help="All device memory, never exceeded: 8GiB, 40%. Experts get what is left."),
+]
+HostMemory = Annotated[
+    str | None, typer.Option("--host-memory", help="Pinned host memory for experts; by default what is available.")
+]
+Context = Annotated[
+    int | None, typer.Option("--context", help="Most tokens of a prompt and its answer; fewer leave more to experts.")
+]
+Fast = Annotated[
+    bool | None, typer.Option("--fast/--no-fast", help="Captured decode and streamed prompts; by default on a GPU.")
+]
 Name = Annotated[str | None, typer.Option("--name", help="Model name for clients; the folder's by default.")]
 
 
@@ -41,13 +54,20 @@ def serve(
     dtype: Dtype = None,
     max_queue: MaxQueue = 16,
     max_tokens: MaxTokens = None,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    context: Context = None,
+    fast: Fast = None,
     name: Name = None,
 ) -> None:
     """Serve a quantized checkpoint as an OpenAI-style chat API, images included."""
     with _extra_told():
         from expertflow_quant.serve.launch import Options, launch
 
-    options = Options(expert_memory, host, port, device, dtype, max_queue, max_tokens)
+    options = Options(
+        *(expert_memory, host, port, device, dtype, max_queue, max_tokens),
+        *(gpu_memory, host_memory, context, fast),
+    )
     launch(lambda: checkpoint, name or checkpoint.resolve().name, options, Console())
 
 
@@ -65,6 +85,10 @@ def up(
     dtype: Dtype = None,
     max_queue: MaxQueue = 16,
     max_tokens: MaxTokens = None,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    context: Context = None,
+    fast: Fast = None,
     name: Name = None,
 ) -> None:
     """Quantize a model unless that was done before, then serve it. Stopped half way, it goes on next time."""
@@ -73,7 +97,10 @@ def up(
         from expertflow_quant.serve.shelf import Recipe, default_shelf, fetch
 
     console = Console()
-    options = Options(expert_memory, host, port, device, dtype, max_queue, max_tokens)
+    options = Options(
+        *(expert_memory, host, port, device, dtype, max_queue, max_tokens),
+        *(gpu_memory, host_memory, context, fast),
+    )
     recipe = Recipe(model, method, _plan(format_name, plan), samples)
 
     def make(folder: Path) -> None:

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 
 from expertflow_quant.checkpoint.manifest import Manifest
 from expertflow_quant.offload.budget import format_bytes
+from expertflow_quant.runtime.fast.loop import FastRunner
 
 if TYPE_CHECKING:
     from expertflow_quant.runtime.engine import Engine
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 def table(folder: Path, engine: "Engine", name: str, address: str, max_queue: int) -> Table:
     """One line a fact; everything is read from the manifest and the loaded engine."""
-    manifest, cache = Manifest.load(folder), engine.model.expert_cache
+    manifest = Manifest.load(folder)
     formats = Counter(expert.format.name for layer in manifest.layers for expert in layer.experts)
-    records, slots = sum(formats.values()), sum(size.slots for size in cache.classes)
+    records, slots = sum(formats.values()), _slots(engine)
     share = engine.device_expert_bytes / engine.expert_bytes
     shown = Table("", Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
     for row in (
@@ -29,6 +30,8 @@ def table(folder: Path, engine: "Engine", name: str, address: str, max_queue: in
         ("formats", ", ".join(f"{format} x {count}" for format, count in sorted(formats.items()))),
         ("expert bytes", format_bytes(engine.expert_bytes)),
         ("on the device", f"{format_bytes(engine.device_expert_bytes)} in {slots} slots ({share:.0%})"),
+        ("path", _path(engine)),
+        ("context", f"{engine.context} tokens, prompt and answer" if engine.context else "as the model reads"),
         ("device", f"{engine.device}, {str(engine.model.dtype).removeprefix('torch.')}"),
         ("queue", f"{max_queue} requests may wait"),
         ("address", address),
@@ -47,6 +50,24 @@ def curl_example(name: str, address: str) -> str:
     text = re.sub(r"([\\\\$`])", r"\\\1", json.dumps(body))
     text = text.replace("IMAGE", "data:image/png;base64,$(base64 < chart.png | tr -d '\\n')")
     return f"curl -s {address}/chat/completions -H 'content-type: application/json' -d @- <<JSON\n{text}\nJSON"
+
+
+def _slots(engine: "Engine") -> int:
+    if isinstance(engine.runner, FastRunner):
+        return sum(slots for pools in engine.runner.resident.plan for _, slots in pools)
+    return sum(size.slots for size in engine.model.expert_cache.classes)
+
+
+def _path(engine: "Engine") -> str:
+    """Which way the model runs, and why if not the fast one."""
+    if not isinstance(engine.runner, FastRunner):
+        return f"plain: {engine.plain_because}"
+    graphs = engine.runner.graphs
+    on_gpu = graphs.device.type == "cuda"
+    captured = [str(bucket) for bucket in graphs.buckets if on_gpu and not graphs.streams(bucket)]
+    many = "" if captured == ["1"] else "s"
+    decode = f"decode captured for {', '.join(captured)} row{many}" if captured else "decode not captured"
+    return f"fast: {decode}, prompts streamed"
 
 
 def _top_k(manifest: Manifest) -> str:

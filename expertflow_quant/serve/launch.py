@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.runtime.engine import Engine
@@ -21,7 +22,7 @@ USUAL_CONTEXT = 4096
 @dataclass(frozen=True)
 class Options:
     """``device`` "auto": CUDA where there is one. ``dtype`` None: float32 on the CPU, else the model's
-    own."""
+    own. ``gpu_memory``, ``host_memory``, ``context`` and ``fast`` as ``load`` takes them."""
 
     expert_memory: str = "100%"
     host: str = "127.0.0.1"
@@ -30,6 +31,10 @@ class Options:
     dtype: str | None = None
     max_queue: int = 16
     max_tokens: int | None = None
+    gpu_memory: str | None = None
+    host_memory: str | None = None
+    context: int | None = None
+    fast: bool | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -44,10 +49,12 @@ def launch(checkpoint: Callable[[], Path], name: str, options: Options, console:
     """
     with closing(server.bind(options.host, options.port)) as listener:
         folder = checkpoint()
-        engine = load(folder, options.expert_memory, options.device, options.dtype)
-        limits = Limits.for_context(_context(engine), options.max_queue, options.max_tokens)
+        engine = _loaded(folder, options, console)
+        limits = Limits.for_context(engine.context or USUAL_CONTEXT, options.max_queue, options.max_tokens)
         app, address = create_app(engine, name, limits), server.address(listener)
         console.print(banner.table(folder, engine, name, address, limits.max_queue))
+        if engine.memory_plan is not None:
+            console.print(engine.memory_plan.table())
         if not server.is_private(listener):
             console.print("Other machines can reach this address, and there is no password.", style="yellow")
         console.print("\nTry it (Ctrl-C ends the server):")
@@ -55,6 +62,29 @@ def launch(checkpoint: Callable[[], Path], name: str, options: Options, console:
         server.run(app, listener)
 
 
-def _context(engine: Engine) -> int:
-    text = engine.model.config.get_text_config(decoder=True)
-    return getattr(text, "max_position_embeddings", None) or USUAL_CONTEXT
+def _loaded(folder: Path, options: Options, console: Console) -> Engine:
+    """The engine of ``folder`` for one answer at a time; what takes seconds is shown while it goes on."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("pinning experts", total=None, visible=False)
+
+        def pinned(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, visible=True)
+
+        def step(text: str) -> None:
+            progress.update(task, visible=False)
+            progress.console.print(text, style="dim", highlight=False)
+
+        return load(
+            folder,
+            options.expert_memory,
+            options.device,
+            options.dtype,
+            gpu_memory=options.gpu_memory,
+            host_memory=options.host_memory,
+            context=options.context,
+            rows=1,
+            fast=options.fast,
+            on_step=step,
+            on_pinned=pinned,
+        )

@@ -145,12 +145,20 @@ def test_serve_shows_what_it_serves_and_refuses_before_it_listens(model, tmp_pat
     assert time.monotonic() - start < 60
     assert "16 in 2 layers, 2 per token and layer" in output
     assert re.search(r"on the device +[0-9.]+ KiB in 8 slots \(50%\)", output)
+    assert re.search(r"path +plain: the device is cpu", output)
+    assert re.search(r"context +256 tokens", output)
     assert "curl -s http://127.0.0.1:" in output
     for arguments, reason in (
         (("serve", model), "no finished expertflow checkpoint"),
         (("up", checkpoint), "is quantized already"),
         (("up", tmp_path), "no folder with a config.json"),
         (("serve", checkpoint, "--expert-memory", "1KiB"), "raise --expert-memory"),
+        (
+            ("serve", checkpoint, "--gpu-memory", "1GiB", "--device", "cpu"),
+            "bound what experts take with --expert-memory",
+        ),
+        (("up", model, *HOW, "--cache-dir", tmp_path, "--host-memory", "1GiB"), "--host-memory '1GiB'"),
+        (("serve", checkpoint, "--fast", "--context", "1"), "--context 1 holds no prompt"),
         (("serve", checkpoint, "--device", "abacus"), "device 'abacus' is not known"),
         (("serve", checkpoint, "--dtype", "int9"), "dtype 'int9' is not known"),
         (("serve", checkpoint, "--max-queue", "-1"), "max_queue is -1"),
@@ -159,6 +167,35 @@ def test_serve_shows_what_it_serves_and_refuses_before_it_listens(model, tmp_pat
         (("up", model, "--method", "magic"), "magic"),
     ):
         assert reason in invoke(*arguments, "--port", "0", code=2)
+
+
+def test_the_table_says_which_path_runs_and_how_the_memory_is_divided(model, tmp_path, invoke, monkeypatch):
+    from expertflow_quant.runtime import memory
+    from expertflow_quant.serve import launch
+
+    quantize.quantize_model(model, tmp_path / "q", method="rtn", plan="int4-g16")
+    options = ("--port", "0", "--device", "cpu", "--expert-memory", "50%")
+    output = invoke("serve", tmp_path / "q", *options, "--fast", "--context", "100")
+    assert re.search(r"path +fast: decode not captured, prompts streamed", output)
+    assert re.search(r"context +100 tokens, prompt and answer", output)
+    assert re.search(r"on the device +[0-9.]+ KiB in [1-7] slots", output)
+    assert "placing experts" in output
+    assert "plain: the fast path was turned off" in invoke("serve", tmp_path / "q", *options, "--no-fast")
+    needs = memory.Needs(1, 2, 1, 4, 5, 6, 7, 800, 9)
+    load = launch.load
+
+    def promised(folder, *arguments, gpu_memory, on_pinned, **options):
+        assert gpu_memory == "9GiB"
+        on_pinned(5, 10)
+        engine = load(folder, *arguments, **options)
+        engine.memory_plan = memory.plan_memory(9 << 30, needs)
+        return engine
+
+    monkeypatch.setattr(launch, "load", promised)
+    output = invoke("serve", tmp_path / "q", *options, "--gpu-memory", "9GiB")
+    assert "device memory" in output
+    assert re.search(r"KV cache +8 B +1 rows of 4 tokens", output)
+    assert re.search(r"all +9.0 GiB +--gpu-memory", output)
 
 
 def test_a_taken_port_is_known_before_anything_is_loaded(model, invoke):

@@ -56,7 +56,8 @@ def load(
 
     ``dtype`` is that of activations and non-expert weights: by default float32 on the CPU, the model's own
     elsewhere. ``verify`` checks every file's sha256 first. ``context``: most tokens of a prompt and its answer (on the
-    fast path by default 4096 or what the model reads), ``rows``: most answers at once.
+    fast path by default 4096 or what the model reads), ``rows``: most answers at once (at
+    most 32).
 
     ``fast``: True for the fast path (captured decode steps, streamed prefill; ``options`` set its sizes, of which
     ``context`` and ``rows`` override two, ``on_step`` hears what building it does), False for transformers' own
@@ -131,6 +132,8 @@ def _our_config(folder: Path) -> Any:
 
 def _sizes(config: Any, options: FastOptions | None, context: int | None, rows: int | None) -> FastOptions:
     """``options`` with the given sizes in place of its own, and no more room than the model reads tokens."""
+    if context is not None and context < 2:
+        raise ExpertFlowError(f"--context {context} holds no prompt and answer: give at least 2 tokens")
     sizes = options or FastOptions()
     room = sizes.room if context is None else context
     reads = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or room
@@ -165,6 +168,7 @@ def _fast(
     engine = Engine(model, processor, runner)
     if plan is not None:
         engine.memory_plan = plan
+        torch.cuda.empty_cache()  # what compiling and capturing took for a while
         if on_step is not None:
             on_step("reading the longest prompt")
         check_promise(engine, plan, sizes)

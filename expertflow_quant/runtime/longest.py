@@ -8,7 +8,7 @@ from PIL import Image
 from expertflow_quant.runtime.prompts import Message, PromptEncoder, PromptError, Prompts
 
 NEW_TOKENS = 2
-SMALLEST_SIDE, LARGEST_SIDE = 64, 4096
+SMALLEST_SIDE, LARGEST_SIDE = 32, 4096
 BISECTIONS = 4
 WORD = " 1"
 WORDS_TRIED = 32
@@ -54,14 +54,15 @@ def _pictures(encoder: PromptEncoder, limit: int) -> list[Image.Image]:
 
 
 def _largest_side(encoder: PromptEncoder) -> int | None:
+    """The side of the square that becomes most tokens among those that fit; None where none does."""
     best, most, side = None, 0, SMALLEST_SIDE
     while side <= LARGEST_SIDE and (width := _width(encoder, [_square(side)])) is not None:
-        if width <= most:  # the processor makes it smaller
-            return best
-        best, most, side = side, width, 2 * side
+        if width > most:  # a processor enlarges what is small and makes what is large smaller
+            best, most = side, width
+        side *= 2
     if best is None or side > LARGEST_SIDE:
         return best
-    low, high = best, side
+    low, high = side // 2, side
     for _ in range(BISECTIONS):
         middle = (low + high) // 2
         if _width(encoder, [_square(middle)]) is None:
@@ -73,10 +74,12 @@ def _largest_side(encoder: PromptEncoder) -> int | None:
 
 def _words(encoder: PromptEncoder, limit: int, width: int) -> str:
     """Words that fill what ``width`` tokens leave of a row."""
-    few, many = (_width(encoder, [], WORD * count) for count in (1, 1 + WORDS_TRIED))
-    if few is None or many is None:
+    bare, tried = _width(encoder, [], ""), WORDS_TRIED
+    while (some := _width(encoder, [], WORD * tried)) is None and tried:
+        tried //= 2
+    if bare is None or some is None or not tried:
         return ""
-    rate = max(1.0, (many - few) / WORDS_TRIED)
+    rate = max(1.0, (some - bare) / tried)
     return WORD * max(0, int((limit - NEW_TOKENS - width) / rate) - 1)
 
 

@@ -33,6 +33,7 @@ def make_promise(
     """
     total = parse_gpu_memory(gpu_memory, device_bytes(device))
     plan, budget = share(total, needs, layers, wanted)
+    torch.cuda.empty_cache()  # what quantizing in this process left
     memory_device.limit_process(total, device)
     return plan, budget
 

@@ -71,7 +71,8 @@ def fast_needs(
         graph_bytes=graph_bytes(config, store.layers, options.buckets, dtype),
         staging_bytes=largest,
         expert_bytes=store.nbytes,
-        minimum_expert_bytes=min(largest, store.nbytes),
+        # with one record staged that makes two, the fewest that are streamed; a model of two has all or none
+        minimum_expert_bytes=largest if store.nbytes > 2 * largest else store.nbytes,
     )
 
 

@@ -29,8 +29,15 @@ class Tile:
     unroll: int = 1
 
 
-UP_TILE = Tile(rows=16, units=256, warps=2)
-DOWN_TILE = Tile(rows=4, units=256, warps=2, unroll=6)
+TILES = {
+    2: (Tile(rows=8, units=256, warps=4), Tile(rows=4, units=1024, warps=8)),
+    3: (Tile(rows=8, units=128, warps=4), Tile(rows=4, units=256, warps=2, unroll=6)),
+    4: (Tile(rows=16, units=128, warps=4), Tile(rows=2, units=256, warps=1, unroll=3)),
+    8: (Tile(rows=8, units=64, warps=2), Tile(rows=2, units=256, warps=2)),
+    16: (Tile(rows=2, units=128, warps=2), Tile(rows=4, units=256, warps=2, unroll=6)),
+}
+"""gate_up's tile and down's by the width of the codes, for tables of one layout: the best of a sweep on an H100, groups
+of 128, experts of 768 x 2048, 8 a token."""
 UP_TILE_MIXED = Tile(rows=16, units=128, warps=2)
 """For tables of several layouts, whose numbers take registers too: a larger tile spills."""
 DOWN_TILE_MIXED = Tile(rows=8, units=128, warps=4)
@@ -71,8 +78,8 @@ def few_product(
     if not use_triton(hidden):
         return out.copy_(few_product_reference(hidden, ids, weights, addresses, row_of, table, gate))
     mixed = len(table.layouts) > 1
-    up_tile = up_tile or (UP_TILE_MIXED if mixed else UP_TILE)
-    down_tile = down_tile or (DOWN_TILE_MIXED if mixed else DOWN_TILE)
+    usual = (UP_TILE_MIXED, DOWN_TILE_MIXED) if mixed else TILES[table.layouts[0].format.bits]
+    up_tile, down_tile = up_tile or usual[0], down_tile or usual[1]
     overlap = gate.fused is not None and _overlaps(hidden.device)
     inner = _inner(hidden, ids, addresses, row_of, table, gate, up_tile, overlap)
     _down(inner, ids, weights, addresses, row_of, table, out, down_tile, overlap)

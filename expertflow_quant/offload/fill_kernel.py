@@ -7,7 +7,7 @@ import triton.language as tl
 from expertflow_quant.offload.resident_tables import LayerTables
 
 PROGRAMS = 32  # enough to saturate a PCIe 5 link; more would take processors from the products
-BLOCK = 4096  # int32 words that a program has under way
+BLOCK = 8192  # int32 words that a program has under way; 4096 reached 4 % less of the link beside products
 WARPS = 8
 
 ALIGNMENT = tl.constexpr(16)

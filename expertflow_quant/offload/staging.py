@@ -86,6 +86,13 @@ class StagingRing:
         """
         sizes = [record.numel() for record in records]
         self._check(records, sizes)
+        return self.stage_runs(contiguous_runs(records), sizes, records[0].is_pinned())
+
+    def stage_runs(self, runs: Sequence[Tensor], sizes: Sequence[int], pinned: bool) -> Chunk:
+        """``stage`` of records of ``sizes`` that ``runs`` hold one after the other, all pinned or none: for callers who
+        know their records and whose host has little time. Raises ExpertFlowError when the ring has no room."""
+        if not self.has_room:
+            raise ExpertFlowError(f"all {self.positions} chunks of the staging ring are in use: release the oldest")
         position = self._next
         room, at = self.room(position), 0
         uniform = self._table(sizes[0])[position, : len(sizes)] if len(set(sizes)) == 1 else None
@@ -93,9 +100,10 @@ class StagingRing:
             released = self._released[position]
             if self._stream is not None and released is not None:
                 self._stream.wait_event(released)
-            for run in contiguous_runs(records):
-                room[at : at + run.numel()].copy_(run, non_blocking=run.is_pinned())
-                at += run.numel()
+            for run in runs:
+                nbytes = run.numel()
+                room[at : at + nbytes].copy_(run, non_blocking=pinned)
+                at += nbytes
             addresses = self._upload_addresses(position, sizes) if uniform is None else uniform
             if self._stream is not None:
                 self._arrived[position] = self._stream.record_event()
@@ -145,7 +153,7 @@ class StagingRing:
             table = self._tables[nbytes] = rooms.unsqueeze(1) + slots
         return table
 
-    def _upload_addresses(self, position: int, sizes: list[int]) -> Tensor:
+    def _upload_addresses(self, position: int, sizes: Sequence[int]) -> Tensor:
         """Addresses of records of ``sizes``, on the copy stream: a small copy that the computation asks for would
         queue behind the large ones."""
         first = self.room(position).data_ptr()
@@ -154,8 +162,6 @@ class StagingRing:
         return self._mixed[position, : len(sizes)].copy_(host, non_blocking=True)
 
     def _check(self, records: Sequence[Tensor], sizes: list[int]) -> None:
-        if not self.has_room:
-            raise ExpertFlowError(f"all {self.positions} chunks of the staging ring are in use: release the oldest")
         if not 1 <= len(records) <= self.chunk:
             raise ExpertFlowError(f"{len(records)} records in a chunk: stage 1 to {self.chunk} at a time")
         for record, size in zip(records, sizes):

@@ -6,6 +6,7 @@ sorted by expert once per layer, every pair's row is kept, and a token's rows ar
 what is resident, how chunks are cut, and whether records are staged ahead or on demand change no bit of the result.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels.gate import Gate
 from expertflow_quant.kernels.grouped import combine
 from expertflow_quant.offload.resident import ResidentExperts
-from expertflow_quant.offload.staging import Chunk, StagingRing
+from expertflow_quant.offload.staging import Chunk, StagingRing, contiguous_runs
 from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime import layer_product
 from expertflow_quant.runtime.layer_product import LayerProduct, cut_tokens
@@ -93,6 +94,11 @@ class _Order:
     residents: int
 
 
+def _step(experts: int, chunk: int) -> int:
+    """How many of ``experts`` are staged together: as even as chunks of at most ``chunk`` can be."""
+    return max(1, -(-experts // max(1, -(-experts // chunk))))
+
+
 class StreamedExperts:
     """Passes over all layers: ``begin`` once, then ``layer`` for each MoE layer in model order.
 
@@ -117,6 +123,7 @@ class StreamedExperts:
         self._ahead = False
         self._tokens = 0
         self._next = len(store.layers)
+        self._neighbours: dict[int, list[bool]] = {}
         self._stats = self._total = StreamStats()
 
     @property
@@ -209,7 +216,7 @@ class StreamedExperts:
     def _multiply(self, product: LayerProduct, order: _Order, decoded: int) -> None:
         """Residents first, then chunk by chunk what is streamed, asking for the next copies after each chunk.
         ``decoded``: experts that are decoded together, 0: in the kernel."""
-        chunk, residents, streamed = self._ring.chunk, order.residents, 0
+        residents, streamed = order.residents, 0
 
         def run(experts: Tensor) -> None:
             if decoded:
@@ -219,15 +226,17 @@ class StreamedExperts:
 
         if residents:
             run(order.short[:residents])
-        for first in range(residents, order.experts.shape[0], chunk):
+        count = order.experts.shape[0]
+        step = _step(count - residents, self._ring.chunk)
+        for first in range(residents, count, step):
             staged = self._staged.popleft()
             staged.wait()
-            product.addresses.index_copy_(0, order.experts[first : first + chunk], staged.addresses)
-            run(order.short[first : first + chunk])
+            product.addresses.index_copy_(0, order.experts[first : first + step], staged.addresses)
+            run(order.short[first : first + step])
             staged.release()
             streamed += staged.nbytes
             self._pump()
-        passed = StreamStats(streamed, residents, order.experts.shape[0] - residents)
+        passed = StreamStats(streamed, residents, count - residents)
         self._stats, self._total = self._stats + passed, self._total + passed
 
     def _routed(self, layer: int, ids: Tensor, experts: int) -> _Order:
@@ -250,14 +259,15 @@ class StreamedExperts:
 
     def _ordered(self, layers: Sequence[int], streamed: Sequence[Sequence[int]]) -> list[_Order]:
         """The orders of ``layers`` whose ``streamed`` experts follow the resident ones; one upload for all."""
-        chunk, device = self._ring.chunk, self._ring.device
+        device = self._ring.device
         widest = max(len(self._store.layers[layer].nbytes) for layer in layers)
         host = torch.full((2, len(layers), widest), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
         lengths = []
         for row, (layer, others) in enumerate(zip(layers, streamed, strict=True)):
             residents = self._residents[layer]
             experts = torch.tensor([*residents, *others], dtype=torch.int64)
-            places = [*range(len(residents)), *(place % chunk for place in range(len(others)))]
+            step = _step(len(others), self._ring.chunk)
+            places = [*range(len(residents)), *(place % step for place in range(len(others)))]
             host[0, row, : len(experts)] = experts
             host[1, row, experts] = torch.tensor(places, dtype=torch.int64)
             lengths.append((len(experts), len(self._store.layers[layer].nbytes), len(residents)))
@@ -269,15 +279,37 @@ class StreamedExperts:
         ]
 
     def _ask(self, layer: int, experts: Sequence[int]) -> None:
-        chunk = self._ring.chunk
-        self._queue.extend((layer, experts[first : first + chunk]) for first in range(0, len(experts), chunk))
+        step = _step(len(experts), self._ring.chunk)
+        self._queue.extend((layer, experts[first : first + step]) for first in range(0, len(experts), step))
         self._pump()
 
     def _pump(self) -> None:
         """Ask for copies while the ring has room; records are looked up only now."""
         while self._queue and self._ring.has_room:
             layer, experts = self._queue.popleft()
-            self._staged.append(self._ring.stage([self._store.record(layer, expert) for expert in experts]))
+            sizes = [self._store.layers[layer].nbytes[expert] for expert in experts]
+            self._staged.append(self._ring.stage_runs(self._runs(layer, experts), sizes, self._store.pinned))
+
+    def _runs(self, layer: int, experts: Sequence[int]) -> list[Tensor]:
+        """The records of ``experts`` (ascending) as few tensors as possible: neighbours in one slab are one view."""
+        nbytes, follows = self._store.layers[layer].nbytes, self._follows(layer)
+        runs: list[Tensor] = []
+        first, length = experts[0], 0
+        for before, expert in zip((None, *experts), experts):
+            if before is not None and (expert != before + 1 or not follows[expert]):
+                runs.append(self._store.record(layer, first).as_strided((length,), (1,)))
+                first, length = expert, 0
+            length += nbytes[expert]
+        runs.append(self._store.record(layer, first).as_strided((length,), (1,)))
+        return runs
+
+    def _follows(self, layer: int) -> list[bool]:
+        """Of every expert, whether its record begins where the one before it ends, in the same memory."""
+        if (known := self._neighbours.get(layer)) is None:
+            records = [self._store.record(layer, expert) for expert in range(len(self._store.layers[layer].nbytes))]
+            joined = (len(contiguous_runs(pair)) == 1 for pair in itertools.pairwise(records))
+            known = self._neighbours[layer] = [False, *joined]
+        return known
 
     def _stages_ahead(self, tokens: int) -> bool:
         if self._options.stage != "auto":

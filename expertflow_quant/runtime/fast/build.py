@@ -1,8 +1,11 @@
 """From a loaded model to a fast runner: probe it, share out the memory, place the experts, capture the graphs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.offload.budget import BudgetError, format_bytes, format_bytes_up
@@ -16,16 +19,17 @@ from expertflow_quant.runtime.fast.kv import KVRows
 from expertflow_quant.runtime.fast.loop import FastRunner
 from expertflow_quant.runtime.fast.passes import Routes
 from expertflow_quant.runtime.fast.probe import Findings, probe, use_our_attention
+from expertflow_quant.runtime.prompts import Prompts
 from expertflow_quant.runtime.streamed import StreamedExperts, StreamOptions
 
-CHUNK = 32
-"""Records that are staged and multiplied together."""
-
 CHUNKS = 2
-"""Chunks in the staging ring: the link runs ahead of the computation by up to so many."""
+"""Chunks in the staging ring: one is computed while the other arrives."""
 
 STAGING_SHARE = 8
 """Staging takes at most one part in so many of the experts' memory, and never less than two records."""
+
+WARM_WIDTHS = (16, 256, 4096)
+"""Prompt lengths that are read once while a runner is built, so that no answer waits for a compiler."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class ExpertRoom:
 def share_expert_memory(layers: Sequence[LayerRecords], budget_bytes: int) -> ExpertRoom:
     """Slots and staging that together take at most ``budget_bytes``.
 
-    Where all experts fit nothing is staged but a ring is kept, of one record. Raises BudgetError below two records of
-    the largest size: room to stage.
+    Where all experts fit nothing is staged but a ring is kept, of one record; else a chunk of it is up to half of what
+    a layer misses. Raises BudgetError below two records of the largest size: room to stage.
     """
     total = sum(sum(layer.nbytes) for layer in layers)
     largest = max(max(layer.nbytes) for layer in layers)
@@ -77,10 +81,10 @@ def share_expert_memory(layers: Sequence[LayerRecords], budget_bytes: int) -> Ex
             f"expert memory {format_bytes(budget_bytes)} has no room to stage two experts of {format_bytes(largest)}: "
             f"raise --expert-memory to {format_bytes_up(2 * largest)} or use a smaller format"
         )
-    records = max(2, min(CHUNK * CHUNKS, budget_bytes // STAGING_SHARE // largest))
-    chunk = max(1, records // CHUNKS)
-    ring_slots = records // chunk * chunk
-    return ExpertRoom(budget_bytes - ring_slots * largest, ring_slots, chunk)
+    # what a layer misses in two halves, if that is little enough: fewer pieces are fewer launches for the host
+    missing = max(math.ceil(len(layer.nbytes) * (1 - budget_bytes / total)) for layer in layers)
+    chunk = max(1, min(math.ceil(missing / CHUNKS) + 1, budget_bytes // STAGING_SHARE // largest // CHUNKS))
+    return ExpertRoom(budget_bytes - CHUNKS * chunk * largest, CHUNKS * chunk, chunk)
 
 
 def build_fast(
@@ -126,6 +130,22 @@ def build_fast(
         compile_layers=options.compile_layers,
     )
     graphs.capture(lambda bucket: told(f"captured a graph for {bucket} rows"))
-    resident.reset_stats()
     prefill_tokens = max(options.prefill_tokens, options.room)
-    return FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens, routes)
+    runner = FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens, routes)
+    if device.type == "cuda" and routes is None:
+        _warm(runner, options)
+        told("read prompts of several lengths once")
+    runner.reset_stats()
+    return runner
+
+
+def _warm(runner: FastRunner, options: FastOptions) -> None:
+    """Compile what prompts of any length need."""
+    rows = {1, min(2, options.rows)}
+    for width in sorted({min(width, options.room - 1) for width in WARM_WIDTHS}):
+        for count in sorted(rows):
+            if count == 1 or count * width <= options.prefill_tokens:
+                ids = torch.zeros(count, width, dtype=torch.int64)
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                with torch.inference_mode():
+                    runner.prefill(Prompts(inputs, (width,) * count, (0,) * count), 0)

@@ -1,8 +1,8 @@
-"""Decoder layers compiled for the time of a capture: norms, rotary embeddings and routers become few kernels.
+"""Decoder layers compiled for the time of a pass: norms, rotary embeddings and routers become few kernels.
 
 Layers of one class share their compiled code. Attention and experts are calls that the compiler leaves alone, so
-every layer becomes a handful of small graphs, which compile in seconds. The compiled code runs while a CUDA graph is
-captured and never again, so the model itself stays as it was.
+every layer becomes a handful of small graphs, which compile in seconds: one set for each size of captured steps, one
+for prompts of any size. Outside ``compiled`` the model is as it was.
 """
 
 import operator
@@ -20,6 +20,9 @@ GEMV_ROWS = 1
 """Batch sizes up to this one have their matrix products generated: a library's cost a third more for one row."""
 
 
+_KEPT = "_expertflow_compiled"
+
+
 @torch.library.custom_op("expertflow::small_topk", mutates_args=())
 def _small_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return small_topk(scores, k)
@@ -32,16 +35,25 @@ def _(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def compiled(layers: Sequence[Any], rows: int) -> Iterator[None]:
-    """Inside, calls of ``layers`` for ``rows`` tokens run compiled."""
+def compiled(layers: Sequence[Any], rows: int | None) -> Iterator[None]:
+    """Inside, ``layers`` run compiled: for decode steps of ``rows`` rows, or for prompts of any size (None)."""
     for layer in layers:
-        layer.compile(backend=_backend(rows <= GEMV_ROWS), dynamic=False)
+        layer._compiled_call_impl = _compiled_call(layer, rows)
     try:
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=256):
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=rows is None, recompile_limit=256):
             yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def _compiled_call(layer: Any, rows: int | None) -> Any:
+    """What ``layer.compile`` makes, made once."""
+    made: dict[int | None, Any] = layer.__dict__.setdefault(_KEPT, {})
+    if rows not in made:
+        layer.compile(backend=_backend(rows is not None and rows <= GEMV_ROWS), dynamic=rows is None)
+        made[rows] = layer._compiled_call_impl
+    return made[rows]
 
 
 @lru_cache(maxsize=2)

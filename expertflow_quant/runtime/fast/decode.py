@@ -6,7 +6,7 @@ that are not active write into their own KV row only and touch no expert.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -167,12 +167,14 @@ def _two_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.St
 
 
 def overflows(layers: Sequence[LayerRecords], plan: Sequence[Pools], rows: int) -> bool:
-    """Whether ``rows`` tokens are expected to meet more experts of some layer than it has slots, if every token drew
-    evenly; never where all have slots."""
+    """Whether ``rows`` tokens, more than one, are expected to meet more experts of some layer than it has slots, if
+    every token drew evenly; never where all have slots. One token's experts are read where they are."""
+    if rows == 1:
+        return False
     for layer, pools in zip(layers, plan, strict=True):
         experts, slots = len(layer.nbytes), sum(count for _, count in pools)
         met = experts * expected_coverage(experts, layer.top_k, rows)
-        if slots < experts and met > slots and rows * layer.top_k > slots:
+        if slots < experts and met > slots:
             return True
     return False
 
@@ -252,17 +254,23 @@ class DecodeGraphs:
             self.uncounted_hits += self._whole_hits
         if graph is not None:
             graph.replay()
-        else:
+            return
+        with self.compiled(bucket):
             self._run(bucket)
+
+    def compiled(self, rows: int | None) -> AbstractContextManager[None]:
+        """See ``compiled.compiled``; nothing on the CPU, or where compiling was not wanted."""
+        if not self._compile or self.device.type != "cuda":
+            return nullcontext()
+        return compiled(self.model.get_decoder().layers, rows)
 
     def logits(self, bucket: int) -> Tensor:
         """``[bucket, vocabulary]`` of the last step of that bucket; overwritten by the next step of any."""
         return self._logits[bucket]
 
     def _capture(self, bucket: int, pool: Any) -> None:
-        layers = self.model.get_decoder().layers
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with compiled(layers, bucket) if self._compile else nullcontext():
+        with self.compiled(bucket):
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
                 for _ in range(2):  # compiles kernels and lets libraries allocate what they keep

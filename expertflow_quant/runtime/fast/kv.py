@@ -50,7 +50,7 @@ class KVRows:
     def nbytes(self) -> int:
         return sum(t.nbytes for kept in (self.keys, self.values) for t in kept.values())
 
-    def store(self, layer: int, row: int, keys: Tensor, values: Tensor) -> None:
-        """The first tokens of a row: ``[heads, n, size]`` each; its length is set when the pass is done."""
-        self.keys[layer][row, :, : keys.shape[1]].copy_(keys)
-        self.values[layer][row, :, : values.shape[1]].copy_(values)
+    def store(self, layer: int, rows: range, keys: Tensor, values: Tensor) -> None:
+        """The first tokens of neighbouring rows: ``[rows, heads, n, size]`` each; a pass sets lengths when it is done."""
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept[layer][rows.start : rows.stop, :, : new.shape[2]].copy_(new)

@@ -112,7 +112,7 @@ class FastRunner:
             self.kv, self.streamed, self._findings.gates, rows, prompts.prompt_tokens, valid, self._routes
         )
         self.streamed.begin(sum(prompts.prompt_tokens))
-        with passes.running(the_pass):
+        with passes.running(the_pass), self.graphs.compiled(None):
             positions = positions_of(self.model, inputs)
             outputs = self.model(
                 **inputs, position_ids=positions, past_key_values=PassThrough(), use_cache=True, logits_to_keep=1

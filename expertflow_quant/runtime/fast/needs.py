@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from expertflow_quant.kernels.attention import PROGRAMS
 from expertflow_quant.models.seams import model_class
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.store import ExpertStore
@@ -25,7 +26,6 @@ TUNING_BYTES = 256 * MiB
 """Written between timings while layers are compiled, to empty the device's caches; prefill's room, which is free
 then, serves for it."""
 
-ATTENTION_PROGRAMS = 256
 SAMPLING_BYTES = 32
 """Of a token of the vocabulary: scores in float32, their softmax, the sort's keys and indices, twice."""
 
@@ -83,7 +83,9 @@ def graph_bytes(config: Any, layers: Sequence[LayerRecords], buckets: Sequence[i
         2 scratch(R)                a step of R rows, as a prefill of R tokens: warmed up outside the pool, captured
       + sum(buckets) V d            every graph keeps its logits
       + R V 32                      drawing a token from them
-      + (256 + R N) max(16, G) D 4  the parts of split attention: N KV heads, G queries for each, D a head's size
+      + (P + R N) max(16, 2 G) (2 D + 2) 4
+                                    parts of split attention in float32: P programs, N KV heads with G queries each, D
+                                    a head's size; both padded to powers of two
       + 128 for each expert         the tables of the controller
       + POOL_BYTES
     """
@@ -92,7 +94,7 @@ def graph_bytes(config: Any, layers: Sequence[LayerRecords], buckets: Sequence[i
     head = max(16, s.queries // max(1, s.heads))
     kv_heads = max(1, s.keys // head)
     group = max(16, 2 * s.heads // kv_heads)
-    parts = (ATTENTION_PROGRAMS + rows * kv_heads) * group * (2 * head + 2) * 4
+    parts = (PROGRAMS + rows * kv_heads) * group * (2 * head + 2) * 4
     logits = s.vocabulary * (sum(buckets) * dtype.itemsize + rows * SAMPLING_BYTES)
     tables = CONTROLLER_BYTES * sum(len(layer.nbytes) for layer in layers)
     return 2 * step + logits + parts + tables + POOL_BYTES

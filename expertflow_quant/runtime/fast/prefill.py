@@ -19,7 +19,7 @@ QUERIES = 512
 class PrefillPass:
     """Answers the model while it reads prompts, left-padded to one width.
 
-    Prompt i has ``counts[i]`` tokens and goes to row ``rows[i]`` of ``kv``. ``valid`` bool ``[prompts * width]`` is
+    Prompt i has ``counts[i]`` tokens and goes to row ``rows[i]`` of ``kv``; rows follow each other. ``valid`` bool ``[prompts * width]`` is
     false for padding, which no expert sees.
     """
 
@@ -28,7 +28,7 @@ class PrefillPass:
         kv: KVRows,
         streamed: StreamedExperts,
         gates: Sequence[Gate],
-        rows: Sequence[int],
+        rows: range,
         counts: Sequence[int],
         valid: Tensor | None,
         routes: Routes | None = None,
@@ -38,14 +38,14 @@ class PrefillPass:
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         width = q.shape[2]
-        for index, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
-            self._kv.store(layer, row, k[index, :, width - count :], v[index, :, width - count :])
         if all(count == width for count in self._counts):
+            self._kv.store(layer, self._rows, k, v)
             return causal_attention(q, k, v, options).transpose(1, 2)
         out = q.new_zeros(q.shape[0], width, q.shape[1], v.shape[-1])
         for index, count in enumerate(self._counts):
             part = slice(width - count, width)
             this = slice(index, index + 1)
+            self._kv.store(layer, self._rows[index : index + 1], k[this, :, part], v[this, :, part])
             one = causal_attention(q[this, :, part], k[this, :, part], v[this, :, part], options)
             out[index, part] = one[0].transpose(0, 1)
         return out

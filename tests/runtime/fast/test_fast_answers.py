@@ -270,7 +270,7 @@ def test_counts_add_up(tmp_path):
 
 
 def test_rows_that_are_not_asked_for_want_no_experts(folder_of):
-    engine = load_fast(folder_of(TEXT), "40%", rows=8)
+    engine = load_fast(folder_of(TEXT), "100%", rows=8)
     requests = []
     for rows in (3, 4):
         engine.reset_stats()

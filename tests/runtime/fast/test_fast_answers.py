@@ -269,6 +269,28 @@ def test_counts_add_up(tmp_path):
     assert engine.expert_bytes == 2 * 8 * record
 
 
+def test_a_single_row_is_counted_where_everything_is_resident(folder_of):
+    engine = load_fast(folder_of(TEXT))
+    requests = []
+    for count in (1, 6):
+        engine.reset_stats()
+        engine.generate([CONVERSATIONS[0]], count)
+        requests.append(engine.stats.requests)
+    assert requests[1] - requests[0] == 5 * 2 * 2
+    assert (engine.stats.misses, engine.stats.bytes_moved) == (0, 0)
+
+
+def test_steps_that_stream_are_counted(tmp_path):
+    folder = fast.checkpoint(tmp_path / "even", TEXT, lambda layer, expert: "int4-g16")
+    engine = load_fast(folder, "30%", rows=8)
+    assert [engine.runner.graphs.streams(bucket) for bucket in (1, 2, 4, 8)] == [False, True, True, True]
+    engine.reset_stats()
+    engine.generate(CONVERSATIONS, 4)
+    stats = engine.stats
+    assert sum(layer.requests for layer in stats.layers) == 0
+    assert stats.bytes_moved == stats.misses * engine.model.expert_store.layers[0].nbytes[0] > 0
+
+
 def test_rows_that_are_not_asked_for_want_no_experts(folder_of):
     engine = load_fast(folder_of(TEXT), "100%", rows=8)
     requests = []

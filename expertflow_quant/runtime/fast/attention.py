@@ -21,11 +21,18 @@ IGNORED = frozenset({"dropout", "position_ids", "use_cache", "is_causal", "cache
 """Arguments that say nothing about one causal pass without dropout."""
 
 
+class _NoLayers(list[Any]):
+    """Layers of a cache for models that only ask how many there are: recurrent and convolutional layers take theirs."""
+
+    def __getitem__(self, layer: Any) -> Any:
+        raise ExpertFlowError(f"layer {layer} keeps a state of its own in the cache, which is not there")
+
+
 class PassThrough(Cache):
     """A cache that keeps nothing."""
 
     def __init__(self) -> None:
-        self.layers: list[Any] = []
+        self.layers: list[Any] = _NoLayers()
         self.layer_class_to_replicate = None
         self.offloading = False
 

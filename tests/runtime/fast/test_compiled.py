@@ -175,6 +175,20 @@ def test_layers_that_differ_compile_too(family, folder_of, backend):
     assert backend.graphs > 0
 
 
+def test_prompts_of_any_size_share_their_code(folder_of, backend):
+    engine = load_fast(folder_of("qwen3_moe"), "50%", rows=4)
+    layers, counts = engine.model.get_decoder().layers, []
+    for first in range(4):
+        (prompts,) = engine._encode(CONVERSATIONS[first : first + 2 + first % 2], Sampling(5))
+        with torch.inference_mode():
+            want = engine.runner.prefill(prompts, 0)
+            with compiled.compiled(layers, None):
+                got = engine.runner.prefill(prompts, 0)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        counts.append(backend.graphs)
+    assert counts == [counts[0]] * 4
+
+
 def test_the_model_is_as_it_was_afterwards(folder_of, plain_of, backend):
     engine = load_fast(folder_of("qwen3_moe"), rows=2)
     layers = engine.model.get_decoder().layers

@@ -1,6 +1,7 @@
 """Models and options that the fast path does not take, and what happens then."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,18 @@ def test_a_model_without_experts_is_refused():
     use_our_attention(model)
     with pytest.raises(FastPathError, match="no attention or no experts"):
         probe(model, torch.device("cpu"))
+
+
+def test_a_model_that_keeps_a_state_of_its_own_is_refused(tmp_path):
+    text = {name: value for name, value in tiny.TEXT.items() if name != "head_dim"}
+    kinds = {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0}
+    model = transformers.Lfm2MoeForCausalLM(transformers.Lfm2MoeConfig(**text, **tiny.MOE, **kinds)).eval()
+    tiny.write_checkpoint(model, tmp_path / "out", lambda layer, expert: "int4-g16")
+    tiny.save_processor("lfm2_moe", tmp_path / "processor")
+    for file in (tmp_path / "processor").iterdir():
+        shutil.copy(file, tmp_path / "out")
+    with pytest.raises(FastPathError, match=r"Lfm2MoeForCausalLM .* layer 0 keeps a state of its own in the cache"):
+        load_fast(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ class Findings:
 class _Probe:
     kv: dict[int, KVShape] = field(default_factory=dict)
     gates: dict[int, Gate] = field(default_factory=dict)
+    windows: set[int] = field(default_factory=set)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: passes.AttentionOptions) -> Tensor:
         if layer in self.kv or k.shape[-1] != v.shape[-1] or k.shape[-1] > MAX_HEAD:
@@ -48,6 +49,8 @@ class _Probe:
                 + (" and attends twice" if layer in self.kv else "")
                 + f": the fast path takes one size of up to {MAX_HEAD} and one attention a layer"
             )
+        if options.window:
+            self.windows.add(options.window)
         self.kv[layer] = KVShape(k.shape[1], k.shape[-1], v.shape[-1])
         return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
@@ -99,5 +102,20 @@ def probe(model: Any, device: torch.device) -> Findings:
         raise FastPathError(f"{type(model).__name__} does not run on the fast path: {error}") from error
     if not seen.kv or not seen.gates or sorted(seen.gates) != list(range(len(seen.gates))):
         raise FastPathError(f"{type(model).__name__} has no attention or no experts that the fast path could run")
+    if (hidden := _only_in_masks(model.config.get_text_config(decoder=True), seen.windows)) is not None:
+        raise FastPathError(f"{type(model).__name__} tells attention by a mask alone of {hidden}, and no mask is made")
     gates = tuple(seen.gates[layer] for layer in range(len(seen.gates)))
     return Findings(seen.kv, gates, positions.shape[0] if positions.ndim == 3 else 0)
+
+
+def _only_in_masks(text: Any, windows: set[int]) -> str | None:
+    """What the config says of who sees whom that no attention module was heard to ask for: as it would be lost."""
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None)
+    if window and window not in windows and (kinds is None or "sliding_attention" in kinds):
+        return f"a window of {window} tokens"
+    if "chunked_attention" in (kinds or ()):
+        return "chunks of tokens"
+    if getattr(text, "use_bidirectional_attention", None) or not getattr(text, "is_causal", True):
+        return "tokens that see later ones"
+    return None

@@ -11,7 +11,8 @@ from helpers.fast import CONVERSATIONS, load_fast, tokens
 
 import expertflow_quant
 from expertflow_quant import ExpertFlowError
-from expertflow_quant.runtime import loading
+from expertflow_quant.models.seams import expert_modules
+from expertflow_quant.runtime import experts, loading
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast, share_expert_memory
 from expertflow_quant.runtime.fast.probe import FastPathError, gate_of, probe, use_our_attention
 
@@ -87,6 +88,35 @@ def test_a_model_without_experts_is_refused():
     model = transformers.Qwen3ForCausalLM(config).eval()
     use_our_attention(model)
     with pytest.raises(FastPathError, match="no attention or no experts"):
+        probe(model, torch.device("cpu"))
+
+
+def test_a_window_that_is_only_in_the_mask_is_refused():
+    text = {name: value for name, value in tiny.TEXT.items() if name != "head_dim"}
+    sizes = {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}
+    for window in (None, 8):
+        config = transformers.PhimoeConfig(**text, **sizes, sliding_window=window)
+        model = transformers.PhimoeForCausalLM(config).eval()
+        model.set_experts_implementation(experts.NAME)
+        for layer, (_, module) in enumerate(expert_modules(model)):
+            experts.attach(module, experts.LayerExperts(None, layer))
+        use_our_attention(model)
+        if window is None:
+            assert len(probe(model, torch.device("cpu")).gates) == 2
+            continue
+        with pytest.raises(FastPathError, match="by a mask alone of a window of 8 tokens"):
+            probe(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [({"use_bidirectional_attention": "vision"}, "see later ones"), ({"layer_types": ["chunked_attention"]}, "chunks")],
+)
+def test_masks_that_are_not_causal_are_refused(flags, named, folder_of):
+    model = load_fast(folder_of("qwen3_moe")).model
+    for name, value in flags.items():
+        setattr(model.config, name, value)
+    with pytest.raises(FastPathError, match=named):
         probe(model, torch.device("cpu"))
 
 

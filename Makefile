@@ -8,6 +8,7 @@ PINS ?=
 PYTEST_ARGS ?=
 # each test process is single-threaded; two were fastest on a busy machine of four cores
 PYTEST_WORKERS ?= 2
+GPU_WORKERS ?= 8
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 # any Python 3.11+ can run the installer; it chooses the one to build .venv from
@@ -20,12 +21,13 @@ export TOKENIZERS_PARALLELISM ?= false
 # nothing here loads from a hub; a typing error in a path must not become a download
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test lint type floors readme install clean
+.PHONY: help demo test test-gpu lint type floors readme install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    quantize, serve and judge the shipped models; ends with one table"
 	@echo "make test    ruff, mypy, import floors and all tests"
+	@echo "make test-gpu                    the tests that need an NVIDIA GPU, kernels and captured steps among them"
 	@echo "make lint | type | floors        one of the checks"
 	@echo "make readme                      bring README.md's table and file map up to date"
 	@echo "make install | clean             make .venv | remove it and every cache"
@@ -42,6 +44,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@.ci/test.sh $(BIN) $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+# Triton compiles most of the time, so processes side by side pay
+test-gpu: $(STAMP)
+	@$(BIN)/python -m pytest -m cuda -n $(GPU_WORKERS) --dist load $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """The todo list of ``resolve`` carried out: records from host memory into slots. Moves bytes, and decides nothing."""
 
-from expertflow_quant.kernels.host_view import record_at
-from expertflow_quant.kernels.launch import use_triton
+from expertflow_quant.kernels import record_at, use_triton
 from expertflow_quant.offload.resident_tables import LayerTables
 
 

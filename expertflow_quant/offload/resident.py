@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.formats.record import FIELD_ALIGNMENT, RECORD_ALIGNMENT
-from expertflow_quant.kernels.table import LayoutTable
+from expertflow_quant.kernels import LayoutTable
 from expertflow_quant.offload import fill, resolve
 from expertflow_quant.offload.layer_slots import Pools
 from expertflow_quant.offload.resident_tables import ABSENT, ResidentTables

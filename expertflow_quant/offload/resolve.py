@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.kernels.launch import use_triton
+from expertflow_quant.kernels import use_triton
 from expertflow_quant.offload.resident_tables import ABSENT, MOST, LayerTables
 
 

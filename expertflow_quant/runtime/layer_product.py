@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.record import ExpertShape
-from expertflow_quant.kernels.blocks import BLOCK_TOKENS, Sorted, blocks_of, sort_pairs
-from expertflow_quant.kernels.gate import Gate
-from expertflow_quant.kernels.grouped import grouped_dense, grouped_rows
-from expertflow_quant.kernels.table import LayoutTable
-from expertflow_quant.kernels.unpack import unpack_records
+from expertflow_quant.kernels import (
+    BLOCK_TOKENS,
+    Gate,
+    LayoutTable,
+    Sorted,
+    blocks_of,
+    grouped_dense,
+    grouped_rows,
+    sort_pairs,
+    unpack_records,
+)
 
 MOST_CODED = 64
 """Largest block where weights are decoded in the kernel: a tile of codes takes registers that a larger one needs."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.kernels.gate import Gate
-from expertflow_quant.kernels.grouped import combine
+from expertflow_quant.kernels import Gate, combine
 from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.staging import Chunk, StagingRing, contiguous_runs
 from expertflow_quant.offload.store import ExpertStore

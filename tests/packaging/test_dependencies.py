@@ -45,7 +45,7 @@ def imported(room: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("room", "extras"),
     [
-        ("expertflow_quant", ("serve", "parquet")),
+        ("expertflow_quant", ("serve", "parquet", "gpu")),
         ("eval", ("eval", "test")),
         ("calibration", ("eval", "test")),
     ],

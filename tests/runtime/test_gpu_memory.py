@@ -115,7 +115,7 @@ def test_all_experts_are_resident_where_they_fit(folders, gpu):
     plan = engine.memory_plan
     assert plan.experts == engine.expert_bytes
     assert plan.free > 0
-    assert engine.device_expert_bytes == plan.experts + plan.staging
+    assert plan.experts <= engine.device_expert_bytes <= plan.experts + plan.staging
     assert promised(folders / TEXT, "8GiB", expert_memory="50%").device_expert_bytes <= plan.experts // 2
 
 
@@ -229,7 +229,7 @@ def test_needs_bound_what_is_built(family, rows, folders):
     assert (tokens, prompts) == ((100, 1) if rows == 1 else (150, 4))
     assert needs.prefill_bytes > engine.runner.streamed.scratch_bytes(tokens, torch.float32)
     assert needs.graph_bytes > engine.runner.resident.table_bytes + rows * tiny.VOCABULARY * 4
-    assert engine.device_expert_bytes == needs.expert_bytes + needs.staging_bytes
+    assert needs.expert_bytes <= engine.device_expert_bytes <= needs.expert_bytes + needs.staging_bytes
 
 
 def test_images_and_scores_take_more(folders):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.formats import RECORD_ALIGNMENT, ExpertFlowError
 from expertflow_quant.offload.budget import BudgetError, format_bytes, format_bytes_up
 from expertflow_quant.offload.layer_slots import plan_layer_slots
 from expertflow_quant.offload.resident import ResidentExperts
@@ -59,23 +59,25 @@ class FastOptions:
 
 @dataclass(frozen=True)
 class ExpertRoom:
-    """How a budget for experts is shared: slots' bytes, and the staging ring's slots and chunk."""
+    """How a budget for experts is shared: ``slot_bytes`` for slots, and a staging ring of ``ring_slots`` records of up to
+    ``record_bytes``, ``chunk`` at a time."""
 
     slot_bytes: int
     ring_slots: int
     chunk: int
+    record_bytes: int
 
 
 def share_expert_memory(layers: Sequence[LayerRecords], budget_bytes: int) -> ExpertRoom:
     """Slots and staging that together take at most ``budget_bytes``.
 
-    Where all experts fit nothing is staged but a ring is kept, of one record; else a chunk of it is up to half of what
-    a layer misses. Raises BudgetError below two records of the largest size: room to stage.
+    Where all experts fit nothing is staged, and the ring is an empty form; else a chunk of it is up to half of what a
+    layer misses. Raises BudgetError below two records of the largest size: room to stage.
     """
     total = sum(sum(layer.nbytes) for layer in layers)
     largest = max(max(layer.nbytes) for layer in layers)
     if budget_bytes >= total:
-        return ExpertRoom(total, 1, 1)
+        return ExpertRoom(total, 1, 1, RECORD_ALIGNMENT)
     if budget_bytes < 2 * largest:
         raise BudgetError(
             f"expert memory {format_bytes(budget_bytes)} has no room to stage two experts of {format_bytes(largest)}: "
@@ -84,7 +86,7 @@ def share_expert_memory(layers: Sequence[LayerRecords], budget_bytes: int) -> Ex
     # what a layer misses in two halves, if that is little enough: fewer pieces are fewer launches for the host
     missing = max(math.ceil(len(layer.nbytes) * (1 - budget_bytes / total)) for layer in layers)
     chunk = max(1, min(math.ceil(missing / CHUNKS) + 1, budget_bytes // STAGING_SHARE // largest // CHUNKS))
-    return ExpertRoom(budget_bytes - CHUNKS * chunk * largest, CHUNKS * chunk, chunk)
+    return ExpertRoom(budget_bytes - CHUNKS * chunk * largest, CHUNKS * chunk, chunk, largest)
 
 
 def build_fast(
@@ -114,7 +116,7 @@ def build_fast(
     plan = plan_layer_slots(store.layers, max(1, shared.slot_bytes))
     resident = ResidentExperts(store, plan, device)
     resident.preload()
-    ring = StagingRing(device, shared.ring_slots, max(max(layer.nbytes) for layer in store.layers), shared.chunk)
+    ring = StagingRing(device, shared.ring_slots, shared.record_bytes, shared.chunk)
     streamed = StreamedExperts(resident, store, ring, options.stream)
     dtype = next(model.parameters()).dtype
     kv = KVRows(findings.kv, options.buckets[-1], options.room, dtype, device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from expertflow_quant.kernels.topk import DTYPES, fits_topk, small_topk
+from expertflow_quant.kernels import TOPK_DTYPES, fits_topk, small_topk
 
 GEMV_ROWS = 1
 """Batch sizes up to this one have their matrix products generated: a library's cost a third more for one row."""
@@ -94,5 +94,5 @@ def _short_topk(node: fx.Node) -> bool:
     if not isinstance(scores, Tensor) or not isinstance(k, int) or scores.ndim != 2:
         return False
     largest = options.get("largest", True) is True
-    fits = scores.dtype in DTYPES and fits_topk(scores.shape[1], k)
+    fits = scores.dtype in TOPK_DTYPES and fits_topk(scores.shape[1], k)
     return largest and options.get("dim", -1) in (-1, 1) and fits

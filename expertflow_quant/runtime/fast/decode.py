@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.kernels.attention import decode_attention
-from expertflow_quant.kernels.blocks import blocks_of, sort_pairs
-from expertflow_quant.kernels.few import few_product
-from expertflow_quant.kernels.gate import Gate
-from expertflow_quant.kernels.grouped import combine, grouped_rows
+from expertflow_quant.kernels import Gate, combine, decode_attention, few_product, grouped_rows, plan_blocks
 from expertflow_quant.offload.layer_slots import Pools
 from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.slots import LayerRecords
@@ -107,7 +103,7 @@ class DecodePass:
         if self._rows <= FEW_ROWS:
             return few_product(hidden, ids, weights, *where)
         rows = torch.empty(ids.numel(), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
-        blocks = blocks_of(sort_pairs(ids, module.num_experts), BLOCK_TOKENS)
+        blocks = plan_blocks(ids, module.num_experts, BLOCK_TOKENS)
         grouped_rows(hidden, blocks, *where, rows)
         return combine(rows, ids, weights, module.num_experts)
 

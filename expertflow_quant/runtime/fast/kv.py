@@ -51,6 +51,6 @@ class KVRows:
         return sum(t.nbytes for kept in (self.keys, self.values) for t in kept.values())
 
     def store(self, layer: int, rows: range, keys: Tensor, values: Tensor) -> None:
-        """The first tokens of neighbouring rows: ``[rows, heads, n, size]`` each; a pass sets lengths when it is done."""
+        """The first tokens of neighbouring rows: ``[rows, heads, n, size]`` each; lengths are the pass's to set."""
         for kept, new in ((self.keys, keys), (self.values, values)):
             kept[layer][rows.start : rows.stop, :, : new.shape[2]].copy_(new)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from expertflow_quant.kernels.attention import PROGRAMS
+from expertflow_quant.kernels import ATTENTION_PROGRAMS
 from expertflow_quant.models.seams import model_class
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.store import ExpertStore
@@ -94,7 +94,7 @@ def graph_bytes(config: Any, layers: Sequence[LayerRecords], buckets: Sequence[i
     head = max(16, s.queries // max(1, s.heads))
     kv_heads = max(1, s.keys // head)
     group = max(16, 2 * s.heads // kv_heads)
-    parts = (PROGRAMS + rows * kv_heads) * group * (2 * head + 2) * 4
+    parts = (ATTENTION_PROGRAMS + rows * kv_heads) * group * (2 * head + 2) * 4
     logits = s.vocabulary * (sum(buckets) * dtype.itemsize + rows * SAMPLING_BYTES)
     tables = CONTROLLER_BYTES * sum(len(layer.nbytes) for layer in layers)
     return 2 * step + logits + parts + tables + POOL_BYTES

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
 Routes = Callable[[int, Tensor], Tensor]
 """(MoE layer, routed ids ``[T, K]``) -> ids that run instead: how benchmarks make random weights follow a trace."""
 

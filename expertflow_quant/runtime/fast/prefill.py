@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertflow_quant.kernels.gate import Gate
+from expertflow_quant.kernels import Gate
 from expertflow_quant.runtime.fast.kv import KVRows
 from expertflow_quant.runtime.fast.passes import AttentionOptions, Routes
 from expertflow_quant.runtime.streamed import StreamedExperts
@@ -19,8 +19,8 @@ QUERIES = 512
 class PrefillPass:
     """Answers the model while it reads prompts, left-padded to one width.
 
-    Prompt i has ``counts[i]`` tokens and goes to row ``rows[i]`` of ``kv``; rows follow each other. ``valid`` bool ``[prompts * width]`` is
-    false for padding, which no expert sees.
+    Prompt i has ``counts[i]`` tokens and goes to row ``rows[i]`` of ``kv``; rows follow each other. ``valid`` bool
+    ``[prompts * width]`` is false for padding, which no expert sees.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.kernels.gate import Gate
+from expertflow_quant.kernels import Gate
 from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.fast.attention import NAME, PassThrough
 from expertflow_quant.runtime.fast.kv import KVShape

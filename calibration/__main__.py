@@ -12,6 +12,7 @@ from rich.table import Table
 
 from calibration.measure import measure_errors, weights_digest
 from calibration.plan import Choice, ExpertErrors, choose, errors_from_json, errors_to_json
+from calibration.trace_command import trace
 from expertflow_quant.formats import ExpertFlowError, Format
 from expertflow_quant.pipeline.samples_io import generated_samples
 from expertflow_quant.quantize import ScaleRule
@@ -23,6 +24,9 @@ console = Console(soft_wrap=True)
 @app.callback()
 def commands() -> None:
     """What looks at data to decide."""
+
+
+app.command("trace")(trace)
 
 
 @app.command()

@@ -85,8 +85,8 @@ def _check_counts(path: Path, tensors: dict[str, Tensor]) -> None:
     typed = counts.dtype == first.dtype == torch.int32 and counts.ndim == 1 and counts.shape == first.shape
     if not typed or int(counts.sum()) != tokens or bool((counts < 0).any()):
         raise ExpertFlowError(
-            f"{path}: item_tokens {counts.dtype} {tuple(counts.shape)} and item_first {first.dtype} {tuple(first.shape)} "
-            f"must say how the {tokens} tokens belong to items: restore the file or record again"
+            f"{path}: item_tokens {counts.dtype} {tuple(counts.shape)} and item_first {first.dtype} "
+            f"{tuple(first.shape)} must say how the {tokens} tokens belong to items: restore the file or record again"
         )
 
 

@@ -11,7 +11,7 @@ from eval.speed.ours import fast_spec
 from eval.speed.systems import Counters, Setting, SystemSpec
 from expertflow_quant.runtime.experts import LayerExperts, attach
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
-from expertflow_quant.runtime.fast.decode import LookAhead
+from expertflow_quant.runtime.fast.lookahead import LookAhead
 from expertflow_quant.runtime.fast.probe import Findings
 from expertflow_quant.runtime.prompts import Prompts
 
@@ -35,7 +35,7 @@ class TraceRunner:
         self._routes: Tensor = self._step
 
         def make_ahead(findings: Findings) -> LookAhead:
-            return LookAhead(lambda layer: self._step[layer], ahead, bench.device)
+            return LookAhead(lambda layer, hidden: self._step[layer], ahead, bench.device)
 
         self._runner = build_fast(
             made.model,

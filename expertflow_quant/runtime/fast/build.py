@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,8 +14,10 @@ from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.staging import StagingRing
 from expertflow_quant.offload.store import ExpertStore
-from expertflow_quant.runtime.fast.decode import BUCKETS, DecodeGraphs, LookAhead
+from expertflow_quant.runtime.experts import attached
+from expertflow_quant.runtime.fast.decode import BUCKETS, DecodeGraphs
 from expertflow_quant.runtime.fast.kv import KVRows
+from expertflow_quant.runtime.fast.lookahead import LookAhead, next_gate
 from expertflow_quant.runtime.fast.loop import FastRunner
 from expertflow_quant.runtime.fast.passes import Routes
 from expertflow_quant.runtime.fast.probe import Findings, probe, use_our_attention
@@ -35,18 +37,24 @@ WARM_WIDTHS = (16, 256, 4096)
 @dataclass(frozen=True)
 class FastOptions:
     """``rows``: most answers under way at once. ``room``: most tokens of a row, prompt and answer. ``prefill_tokens``:
-    most tokens of one pass over several prompts; a single prompt may fill its row."""
+    most tokens of one pass over several prompts; a single prompt may fill its row. ``look_ahead``: "next-gate" fills
+    in what the router of the layer ``look_ahead_layers`` further on would want of the present hidden states; "off"
+    moves an expert when it is routed."""
 
     rows: int = 8
     room: int = 4096
     prefill_tokens: int = 8192
     stream: StreamOptions | None = None
     compile_layers: bool = True
+    look_ahead: Literal["off", "next-gate"] = "off"
+    look_ahead_layers: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("room", 2), ("prefill_tokens", 1)):
+        for name, least in (("rows", 1), ("room", 2), ("prefill_tokens", 1), ("look_ahead_layers", 1)):
             if getattr(self, name) < least:
                 raise ExpertFlowError(f"{name} {getattr(self, name)} must be at least {least}")
+        if self.look_ahead not in ("off", "next-gate"):
+            raise ExpertFlowError(f"look_ahead {self.look_ahead!r} is not known: use 'off' or 'next-gate'")
         if self.rows > BUCKETS[-1]:
             raise ExpertFlowError(f"{self.rows} rows are more than the largest graph has: give at most {BUCKETS[-1]}")
 
@@ -128,7 +136,7 @@ def build_fast(
         findings,
         options.buckets,
         routes=routes,
-        ahead=make_ahead(findings) if make_ahead is not None else None,
+        ahead=make_ahead(findings) if make_ahead is not None else _ahead(model, options, device),
         compile_layers=options.compile_layers,
     )
     graphs.capture(lambda bucket: told(f"captured a graph for {bucket} rows"))
@@ -139,6 +147,15 @@ def build_fast(
         told("read prompts of several lengths once")
     runner.reset_stats()
     return runner
+
+
+def _ahead(model: Any, options: FastOptions, device: torch.device) -> LookAhead | None:
+    if options.look_ahead == "off":
+        return None
+    names = {module: name for name, module in model.named_modules()}
+    top_k = [layer.top_k for layer in model.expert_store.layers]
+    guess = next_gate(model, [names[module] for module in attached(model)], top_k)
+    return LookAhead(guess, options.look_ahead_layers, device)
 
 
 def _warm(runner: FastRunner, options: FastOptions) -> None:

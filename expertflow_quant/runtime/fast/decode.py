@@ -21,6 +21,7 @@ from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.fast.attention import PassThrough
 from expertflow_quant.runtime.fast.compiled import compiled
 from expertflow_quant.runtime.fast.kv import KVRows
+from expertflow_quant.runtime.fast.lookahead import LookAhead
 from expertflow_quant.runtime.fast.passes import AttentionOptions, Routes
 from expertflow_quant.runtime.fast.probe import Findings
 from expertflow_quant.runtime.streamed import StreamedExperts, expected_coverage
@@ -30,22 +31,6 @@ FEW_ROWS = 4
 """Up to so many tokens every (token, expert) pair reads its record by itself; above, pairs of an expert share it."""
 
 BLOCK_TOKENS = 16
-
-
-class LookAhead:
-    """Records of layers to come, filled in on a side stream while the present layers are computed.
-
-    ``guess(layer)`` gives ids ``[rows, n]`` that MoE layer ``layer`` is expected to want, at the time when layer
-    ``layer - distance`` has its own. A guess only moves bytes early: the router decides what runs, and what was not
-    guessed is filled in when it is routed.
-    """
-
-    def __init__(self, guess: Callable[[int], Tensor], distance: int, device: torch.device) -> None:
-        if distance < 1:
-            raise ExpertFlowError(f"a look-ahead of {distance} layers: it must be at least 1")
-        self.guess, self.distance = guess, distance
-        # two, so that the next layer's slots are chosen while the link is busy with this one's records
-        self.streams = _two_streams(device) if device.type == "cuda" else None
 
 
 class DecodePass:
@@ -71,7 +56,7 @@ class DecodePass:
         self._filled.clear()
         if self._ahead is not None:
             for layer in range(min(self._ahead.distance, len(self._gates))):
-                self._prefetch(layer)
+                self._prefetch(layer, None)
 
     def end(self) -> None:
         """The last ones: the side stream joins."""
@@ -89,7 +74,7 @@ class DecodePass:
         if self._rows > 1:  # a single row that is not active is not stepped at all
             ids = torch.where(self._active[:, None], ids, module.num_experts)
         if self._ahead is not None:
-            self._prefetch(layer + self._ahead.distance)
+            self._prefetch(layer + self._ahead.distance, hidden)
             if (filled := self._filled.pop(layer, None)) is not None:
                 torch.cuda.current_stream().wait_event(filled)
         if self._rows > 1 or not self._resident.all_resident(layer):
@@ -107,21 +92,33 @@ class DecodePass:
         grouped_rows(hidden, blocks, *where, rows)
         return combine(rows, ids, weights, module.num_experts)
 
-    def _prefetch(self, layer: int) -> None:
+    def _prefetch(self, layer: int, hidden: Tensor | None) -> None:
         ahead = self._ahead
-        if ahead is None or layer >= len(self._gates):
+        if ahead is None or layer >= len(self._gates) or self._resident.all_resident(layer):
             return
         if ahead.streams is None:
-            self._resident.prefetch(layer, ahead.guess(layer))
+            if (ids := self._guessed(ahead, layer, hidden)) is not None:
+                self._resident.prefetch(layer, ids)
             return
         choosing, filling = ahead.streams
         choosing.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(choosing):
-            self._resident.choose(layer, ahead.guess(layer))
+            if (ids := self._guessed(ahead, layer, hidden)) is None:
+                return
+            self._resident.choose(layer, ids)
+        if hidden is not None:
+            hidden.record_stream(choosing)  # its memory must not be another tensor's before the guess is made
         filling.wait_stream(choosing)
         with torch.cuda.stream(filling):
             self._resident.fill(layer)
             self._filled[layer] = filling.record_event()
+
+    def _guessed(self, ahead: LookAhead, layer: int, hidden: Tensor | None) -> Tensor | None:
+        ids = ahead.guess(layer, hidden)
+        if ids is None or self._rows == 1:
+            return ids
+        nobody = len(self._resident.store.layers[layer].nbytes)
+        return torch.where(self._active[:, None], ids, nobody)
 
 
 class StreamedDecodePass:
@@ -156,10 +153,6 @@ class StreamedDecodePass:
         if self._routes is not None:
             ids = self._routes(layer, ids)
         return self._streamed.layer(layer, self._gates[layer], hidden, ids, weights, self._active)
-
-
-def _two_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def overflows(layers: Sequence[LayerRecords], plan: Sequence[Pools], rows: int) -> bool:

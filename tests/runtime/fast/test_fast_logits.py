@@ -8,7 +8,7 @@ from helpers.fast import CONVERSATIONS, asked, load_fast, picture
 import expertflow_quant
 from expertflow_quant.runtime.answers import Sampling
 from expertflow_quant.runtime.fast.build import FastOptions
-from expertflow_quant.runtime.fast.decode import LookAhead
+from expertflow_quant.runtime.fast.lookahead import LookAhead
 
 STEPS = 7
 WINDOW = {"sliding_window": 8}
@@ -102,7 +102,7 @@ def test_a_look_ahead_only_moves_bytes_early(guess, distance, tmp_path):
     assert missed > 0
     told = {layer: [ids for at, ids in routed if at == layer] for layer in (0, 1)}
 
-    def guessed(layer):
+    def guessed(layer, hidden):
         ids = told[layer].pop(0)
         return ids if guess == "right" else (ids + 1) % 8
 

@@ -14,7 +14,7 @@ from expertflow_quant.checkpoint.plan import Plan
 from expertflow_quant.formats import Format
 from expertflow_quant.runtime.answers import Sampling
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
-from expertflow_quant.runtime.fast.decode import LookAhead
+from expertflow_quant.runtime.fast.lookahead import LookAhead
 from expertflow_quant.runtime.prompts import Prompts
 from expertflow_quant.runtime.quantizer import attach_cache
 from expertflow_quant.samples import make_items
@@ -214,7 +214,7 @@ def test_a_look_ahead_only_moves_bytes_early(guess, distance, engine, items):
         engine,
         "40%",
         options,
-        make_ahead=lambda findings: LookAhead(lambda layer: shown[layer], distance, torch.device(DEVICE)),
+        make_ahead=lambda findings: LookAhead(lambda layer, hidden: shown[layer], distance, torch.device(DEVICE)),
     )
     got, _, misses = run(runner, told)
     assert torch.equal(got.argmax(dim=-1), want.argmax(dim=-1))

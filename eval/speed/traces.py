@@ -1,4 +1,5 @@
-"""Routes: which experts every token of a run is sent to, drawn from a seed or recorded in a file.
+"""Routes: which experts every token of a run is sent to, drawn from a seed (the library's generator) or read from a
+file.
 
 A file is a NumPy ``.npz`` (read without pickle) with
     decode   integers [steps, layers, rows, top_k]   experts of every decode step, distinct within a token
@@ -6,7 +7,6 @@ A file is a NumPy ``.npz`` (read without pickle) with
     prefill  integers [tokens, layers, rows, top_k]  optional: experts of prompt tokens
 """
 
-import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +17,11 @@ from numpy.typing import NDArray
 
 from eval.speed.trace_stats import lru_hit_rate, slots_per_layer
 from expertflow_quant.formats import ExpertFlowError
+from expertflow_quant.offload.synthetic_trace import SKEW, RouteSizes, synthetic_routes
 
 Routes = NDArray[np.int32]
-SKEW = 0.6
 TARGET_HITS, TARGET_RESIDENT = 0.7, 0.25
 _CALIBRATION_STEPS, _CALIBRATION_LAYERS, _HALVINGS = 160, 4, 10
-
-
-@dataclass(frozen=True)
-class RouteSizes:
-    """What routes must fit: MoE layers, experts in each, experts a token uses."""
-
-    layers: int
-    experts: int
-    top_k: int
 
 
 @dataclass(frozen=True)
@@ -64,18 +55,12 @@ def synthetic(
     stickiness: float = 0.0,
     seed: int = 0,
 ) -> Trace:
-    """A trace whose experts have popularity 1 / rank ** ``skew`` (the ranks shuffled in every layer), and where each
-    expert of a row's previous token stays with probability ``stickiness``; the rest is drawn by popularity, without
-    repetition (Gumbel top-k). The rows' prompts of ``prompt`` tokens follow the same popularity and stickiness.
-    """
-    _check_range("skew", skew, 0, math.inf)
-    _check_range("stickiness", stickiness, 0, 1)
-    generator = np.random.default_rng(seed)
-    log_popularity = _log_popularity(sizes, skew, generator)
-    prefill = _walk(sizes, prompt, rows, log_popularity, stickiness, generator)
-    decode = _walk(sizes, steps, rows, log_popularity, stickiness, generator, prefill[-1] if prompt else None)
+    """A trace drawn as ``synthetic_routes`` says. The rows' prompts of ``prompt`` tokens come before the steps."""
+    prefill, decode = synthetic_routes(
+        sizes, steps=steps, rows=rows, prompt=prompt, skew=skew, stickiness=stickiness, seed=seed
+    )
     origin = {"kind": "synthetic", "skew": skew, "stickiness": stickiness, "seed": seed}
-    return Trace(decode, prefill, sizes.experts, origin)
+    return Trace(decode.int().numpy(), prefill.int().numpy(), sizes.experts, origin)
 
 
 def calibrate(
@@ -164,36 +149,3 @@ def _checked(path: Path, name: str, routes: NDArray[Any], experts: int) -> Route
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         raise ExpertFlowError(f"{path}: {name} names an expert twice for one token: record it again")
     return routes.astype(np.int32)
-
-
-def _log_popularity(sizes: RouteSizes, skew: float, generator: np.random.Generator) -> NDArray[np.float32]:
-    by_rank = -skew * np.log(np.arange(1, sizes.experts + 1))
-    return np.stack([generator.permutation(by_rank) for _ in range(sizes.layers)]).astype(np.float32)
-
-
-def _walk(
-    sizes: RouteSizes,
-    steps: int,
-    rows: int,
-    log_popularity: NDArray[np.float32],
-    stickiness: float,
-    generator: np.random.Generator,
-    previous: Routes | None = None,
-) -> Routes:
-    """int32 [steps, layers, rows, top_k]; ``previous`` [layers, rows, top_k] is what the first step follows."""
-    routes = np.empty((steps, sizes.layers, rows, sizes.top_k), dtype=np.int32)
-    for step in range(steps):
-        waits = generator.standard_exponential((sizes.layers, rows, sizes.experts), dtype=np.float32)
-        drawn = log_popularity[:, None] - np.log(np.maximum(waits, np.finfo(np.float32).tiny))
-        if previous is not None:
-            stays = generator.random(previous.shape) < stickiness
-            kept = np.take_along_axis(drawn, previous, axis=2)
-            np.put_along_axis(drawn, previous, np.where(stays, np.inf, kept), axis=2)
-        previous = np.argpartition(-drawn, sizes.top_k - 1, axis=2)[..., : sizes.top_k].astype(np.int32)
-        routes[step] = previous
-    return routes
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ExpertFlowError(f"{name} {value} must lie between {low:g} and {high:g}")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
@@ -48,7 +48,7 @@ def write_trace_file(path: Path, content: TraceContent) -> None:
     metadata = {"format": FORMAT, "version": VERSION} | {name: json.dumps(value) for name, value in header.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: content.tensors[name].contiguous() for name in _TENSORS}, partial, metadata)
+        partial.write_bytes(save({name: content.tensors[name].contiguous() for name in _TENSORS}, metadata))
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise ExpertFlowError(f"cannot write {path} ({error}): make room or choose another folder") from error

@@ -51,9 +51,12 @@ def test_the_command_records_both_tasks(plain, tmp_path):
     assert trace.meta["formats"] == "full precision"
     assert trace.meta["items"] == "generated, test split, seed 3, 2 of each task"
     assert trace.weights.shape == trace.experts.shape
-    counts = [int((trace.kind == kind).sum()) for kind in (PROMPT_TEXT, PROMPT_IMAGE, GENERATED)]
-    assert min(counts) > 0
-    assert all(str(count) in result.output for count in counts)
+    for task in ("charts", "documents"):
+        kinds = trace.of_task(task).kind
+        counts = [int((kinds == kind).sum()) for kind in (PROMPT_TEXT, PROMPT_IMAGE, GENERATED)]
+        assert min(counts) > 0
+        shown = next(line for line in result.output.splitlines() if task in line)
+        assert [cell.strip() for cell in shown.strip("│| ").split("│")] == [task, "2", *map(str, counts)]
     assert str(out) in result.output
 
 

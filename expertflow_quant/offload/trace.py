@@ -3,7 +3,7 @@ them. How they are kept in a file: trace_file.py.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -134,17 +134,7 @@ class RoutingTrace:
 
     def without_weights(self) -> "RoutingTrace":
         """The same routes without the gate's weights, for a smaller file."""
-        return RoutingTrace(
-            self.token_ids,
-            self.kind,
-            self.item,
-            self.position,
-            self.experts,
-            self.weights[:, :, :0],
-            self.num_experts,
-            self.tasks,
-            self.meta,
-        )
+        return replace(self, weights=self.weights[:, :, :0])
 
     def paths(self) -> Tensor:
         """bool [N, L, E]: whether a token uses an expert."""
@@ -184,16 +174,15 @@ class RoutingTrace:
             raise ExpertFlowError(f"{path}: {error}") from error
 
     def _picked(self, places: Tensor, item: Tensor, tasks: tuple[str, ...]) -> "RoutingTrace":
-        return RoutingTrace(
-            self.token_ids[places],
-            self.kind[places],
-            item.to(torch.int32),
-            self.position[places],
-            self.experts[places],
-            self.weights[places],
-            self.num_experts,
-            tasks,
-            self.meta,
+        return replace(
+            self,
+            token_ids=self.token_ids[places],
+            kind=self.kind[places],
+            item=item.to(torch.int32),
+            position=self.position[places],
+            experts=self.experts[places],
+            weights=self.weights[places],
+            tasks=tasks,
         )
 
 

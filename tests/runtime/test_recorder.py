@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import fast, tiny
 from PIL import Image
 
 import expertflow_quant
@@ -191,13 +191,15 @@ def test_padding_is_refused(engine):
             engine._run([prompts], sampling=None)
 
 
-def test_an_engine_that_is_not_on_the_plain_path_is_refused(engine):
-    with (
-        recording(engine, "a"),
-        pytest.raises(ExpertFlowError, match=r"RecordingRunner.*fast=False"),
-        recording(engine, "a"),
-    ):
-        pass
+def test_the_fast_path_and_a_second_recorder_are_refused(folders, engine):
+    quick = fast.load_fast(folders / "checkpoint")
+    for taken, runner in ((quick, "FastRunner"), (engine, "RecordingRunner")):
+        with (
+            recording(engine, "a"),
+            pytest.raises(ExpertFlowError, match=f"{runner} .*fast=False"),
+            recording(taken, "a"),
+        ):
+            pass
 
 
 def test_a_failed_answer_is_not_recorded(engine, monkeypatch):

@@ -1,4 +1,5 @@
-"""What a model asks of the fast path, found by letting it run: two tokens through every layer, answered with zeros.
+"""What a model asks of the fast path, found by letting it run: two tokens and one step through every layer, answered
+with zeros.
 
 So nothing here knows architectures: a model that reaches into a cache, wants masks of its own or an attention that
 is not there fails in this pass, and its error says why it takes the plain path.
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import Gate
@@ -20,6 +22,9 @@ from expertflow_quant.runtime.fast.kv import KVShape
 TOKENS = 2
 MAX_HEAD = 256
 SILU = ("SiLU", "SiLUActivation")
+READ_BY_HOST = frozenset(
+    {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default}
+)
 
 
 class FastPathError(ExpertFlowError):
@@ -59,6 +64,17 @@ class _Probe:
         return torch.zeros_like(hidden)
 
 
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the first operation whose result the host reads: a captured step would be frozen at what it read."""
+
+    found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READ_BY_HOST and self.found is None:
+            self.found = str(func)
+        return func(*args, **(kwargs or {}))
+
+
 def gate_of(module: Any) -> Gate:
     """The gate of an experts module, by its flags: fused where it is transformers' own with SiLU."""
     if not module.has_gate:
@@ -88,7 +104,8 @@ def positions_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def probe(model: Any, device: torch.device) -> Findings:
-    """Run ``model``, whose attention is ours already, once. Raises FastPathError naming what does not fit."""
+    """Run ``model``, whose attention is ours already, over a prompt and a step. Raises FastPathError naming what does
+    not fit."""
     seen = _Probe()
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -96,6 +113,7 @@ def probe(model: Any, device: torch.device) -> Findings:
         with passes.running(seen):
             positions = positions_of(model, inputs)
             model(**inputs, position_ids=positions, past_key_values=PassThrough(), use_cache=True)
+            _refuse_waits(model, ids[:, -1:], positions[..., -1:] + 1)
     except FastPathError:
         raise
     except Exception as error:
@@ -106,6 +124,16 @@ def probe(model: Any, device: torch.device) -> Findings:
         raise FastPathError(f"{type(model).__name__} tells attention by a mask alone of {hidden}, and no mask is made")
     gates = tuple(seen.gates[layer] for layer in range(len(seen.gates)))
     return Findings(seen.kv, gates, positions.shape[0] if positions.ndim == 3 else 0)
+
+
+def _refuse_waits(model: Any, ids: Tensor, positions: Tensor) -> None:
+    with passes.running(_Probe()), _Waits() as waits:  # type: ignore[no-untyped-call]
+        model(input_ids=ids, position_ids=positions, past_key_values=PassThrough(), use_cache=True)
+    if waits.found is not None:
+        raise FastPathError(
+            f"{type(model).__name__} reads what the device has computed ({waits.found}) to decide how a step goes on, "
+            "as rotary frequencies do that change with a text's length: a captured step decides nothing"
+        )
 
 
 def _only_in_masks(text: Any, windows: set[int]) -> str | None:

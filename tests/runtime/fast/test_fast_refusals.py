@@ -108,6 +108,27 @@ def test_a_window_that_is_only_in_the_mask_is_refused():
             probe(model, torch.device("cpu"))
 
 
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 4.0}
+LONG |= {"short_mscale": 1.1, "long_mscale": 1.2, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("rope", [LONG, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}])
+def test_frequencies_that_change_with_the_length_are_refused(rope):
+    text = {name: value for name, value in tiny.TEXT.items() if name != "head_dim"}
+    if rope is LONG:
+        made = transformers.PhimoeConfig, transformers.PhimoeForCausalLM
+        text |= {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    else:
+        made, text = (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM), tiny.TEXT | tiny.MOE
+    model = made[1](made[0](**text, rope_parameters=rope)).eval()
+    model.set_experts_implementation(experts.NAME)
+    for layer, (_, module) in enumerate(expert_modules(model)):
+        experts.attach(module, experts.LayerExperts(None, layer))
+    use_our_attention(model)
+    with pytest.raises(FastPathError, match="change with a text's length"):
+        probe(model, torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [({"use_bidirectional_attention": "vision"}, "see later ones"), ({"layer_types": ["chunked_attention"]}, "chunks")],

@@ -216,6 +216,6 @@ def _impossible(costs: ExpertCosts, goal: PlanGoal, time_limit: float) -> str:
     if goal.record_bytes is not None:
         limits.append(f"records of at most {format_bytes(goal.record_bytes)} (smallest {format_bytes(smallest)})")
     return (
-        f"no plan was found within {time_limit:g} s that keeps {' and '.join(limits) or 'its limits'}: allow more damage, "
-        "more bytes or more time, or measure more formats"
+        f"no plan was found within {time_limit:g} s that keeps {' and '.join(limits) or 'its limits'}: "
+        "allow more damage, more bytes or more time, or measure more formats"
     )

@@ -233,6 +233,14 @@ def test_sampling_is_repeated_by_its_seed_and_leaves_the_global_generator_alone(
     assert all(len(row) == 12 for row in tokens(engine, CONVERSATIONS[:3], 12, temperature=0.8, top_p=0.9))
 
 
+def test_equal_conversations_are_drawn_anew_in_every_part_of_a_call(folder_of):
+    engine = load_fast(folder_of(TEXT), rows=2)
+    drawn = [tokens(engine, CONVERSATIONS[:1] * 6, 12, temperature=1.5, seed=seed) for seed in (-3, -3)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 6
+    assert tokens(engine, CONVERSATIONS[:1] * 2, 12, temperature=1.5, seed=-3) == drawn[0][:2]
+
+
 def test_the_room_of_a_row_is_kept_to_and_can_be_filled(folder_of, plain):
     engine = load_fast(folder_of(TEXT), "30%", rows=2, room=64)
     assert engine.context == 64

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"expertflow_quant", "eval", "calibration"}
-OPTIONAL = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pyarrow", "openai", "triton")
+OPTIONAL = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pyarrow", "openai", "triton", "scipy")
 # always installed with, and pinned by, the package that they belong to: transformers, pydantic
 PARTS_OF_ANOTHER = ("tokenizers", "pydantic_core")
 
@@ -45,7 +45,7 @@ def imported(room: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("room", "extras"),
     [
-        ("expertflow_quant", ("serve", "parquet", "gpu")),
+        ("expertflow_quant", ("serve", "parquet", "gpu", "plan")),
         ("eval", ("eval", "test")),
         ("calibration", ("eval", "test")),
     ],

@@ -147,6 +147,18 @@ class SlotTable:
         self._policy.used(key)
         return slot, False, evicted
 
+    def offer(self, key: Key, in_use: Collection[Key]) -> tuple[int, Key | None] | None:
+        """A slot for ``key``, which is only expected, and who was evicted for it; None if it has one already, or if
+        the policy finds nobody outside ``in_use`` who is worth less."""
+        if key in self._slot_of:
+            return None
+        if not self._free:
+            victim = self._policy.victim(in_use)
+            if victim is None or not self._policy.admits(key, victim):
+                return None
+        slot, _, evicted = self.place(key, in_use)
+        return slot, evicted
+
     def drop(self, key: Key) -> None:
         """Forget ``key``: its slot is free again."""
         self._free.append(self._slot_of.pop(key))
@@ -192,6 +204,12 @@ class ExpertTable:
         index = self.class_of(key)
         slot, hit, evicted = self._tables[index].place(key, in_use)
         return Placement(index, slot, hit, evicted)
+
+    def offer(self, key: Key, in_use: Collection[Key]) -> Placement | None:
+        """Give ``key`` a slot ahead of its use, if it has none and is worth one (``Policy.admits``)."""
+        index = self.class_of(key)
+        found = self._tables[index].offer(key, in_use)
+        return None if found is None else Placement(index, found[0], False, found[1])
 
     def drop(self, key: Key) -> None:
         """Forget ``key``, whose bytes did not arrive."""

@@ -17,7 +17,10 @@ ABSENT = -1
 """Slot of an expert that has none, owner and stamp of a slot that is free."""
 
 MOST = 512
-"""Experts, slots, and ids of one call that the resolve kernel takes."""
+"""Experts and slots of a layer that the resolve kernel takes."""
+
+MOST_IDS = 1024
+"""Ids of one call: 32 tokens that are each routed to 32 experts."""
 
 COUNTERS = ("hits", "misses", "bytes", "prefetched bytes")
 ROW = 16  # rows start on 16-byte boundaries, so that Triton compiles one kernel for all layers

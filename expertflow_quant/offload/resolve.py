@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import use_triton
-from expertflow_quant.offload.resident_tables import ABSENT, MOST, LayerTables
+from expertflow_quant.offload.resident_tables import ABSENT, MOST_IDS, LayerTables
 
 
 def resolve(layer: LayerTables, ids: Tensor, count: bool = True, keep_current: bool = False) -> None:
@@ -26,7 +26,7 @@ def resolve(layer: LayerTables, ids: Tensor, count: bool = True, keep_current: b
 
     ``count``: distinct experts are counted as hits and misses, with the bytes of the misses. ``keep_current``: for
     a guess ahead of its use; slots stamped in this step are no victims, and only the bytes it moves are counted.
-    Raises ExpertFlowError for ids of another dtype, in several pieces, or more than MOST.
+    Raises ExpertFlowError for ids of another dtype, in several pieces, or more than MOST_IDS.
     """
     check_ids(layer, ids)
     if use_triton(ids):
@@ -53,10 +53,10 @@ def check_ids(layer: LayerTables, ids: Tensor) -> None:
         raise ExpertFlowError(
             f"ids are {ids.dtype} {tuple(ids.shape)} with stride {ids.stride()}: pass int32 or int64 [T, K], contiguous"
         )
-    if ids.numel() > MOST:
+    if ids.numel() > MOST_IDS:
         raise ExpertFlowError(
-            f"{ids.shape[0]} tokens of {ids.shape[1]} experts are {ids.numel()} ids: at most {MOST} are resolved at "
-            "once, so stream the layer for this many tokens"
+            f"{ids.shape[0]} tokens of {ids.shape[1]} experts are {ids.numel()} ids: at most {MOST_IDS} are resolved "
+            "at once, so stream the layer for this many tokens"
         )
     if ids.device != layer.address.device:
         raise ExpertFlowError(f"ids are on {ids.device}, the tables on {layer.address.device}: use one device")

@@ -83,7 +83,7 @@ def test_kernel_and_twin_agree(model, sequence, device):
 
 @pytest.mark.parametrize(
     ("experts", "share", "tokens", "top_k"),
-    [(128, 0.25, 1, 8), (128, 0.25, 32, 8), (60, 0.5, 5, 4), (512, 1.0, 32, 16)],
+    [(128, 0.25, 1, 8), (128, 0.25, 32, 8), (60, 0.5, 5, 4), (512, 1.0, 32, 16), (512, 0.5, 32, 22)],
 )
 def test_at_real_widths(experts, share, tokens, top_k, device):
     generator = torch.Generator().manual_seed(experts + tokens)
@@ -121,7 +121,7 @@ def test_hits_are_counted_once_per_expert(device):
         (torch.zeros(2, 2), "pass int32 or int64"),
         (torch.zeros(4, dtype=torch.int64), "pass int32 or int64"),
         (torch.zeros(2, 4, dtype=torch.int64)[:, :2], "contiguous"),
-        (torch.zeros(65, 8, dtype=torch.int64), "at most 512 are resolved at once, so stream the layer"),
+        (torch.zeros(129, 8, dtype=torch.int64), "at most 1024 are resolved at once, so stream the layer"),
     ],
 )
 def test_ids_that_cannot_be_are_refused(ids, said, device):

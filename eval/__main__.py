@@ -1,5 +1,6 @@
 """``python -m eval OUT --against MODEL --dense DENSE``: judge a quantized model on held-out charts and
-documents. ``python -m eval speed TARGET --out FILE``: measure how fast one runs."""
+documents. ``python -m eval speed TARGET --out FILE``: measure how fast one runs. ``python -m eval schedule
+TRACE... --out FILE``: what grouping requests saves."""
 
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from eval.report import (
     write_json,
 )
 from eval.runner import progress_bar
+from eval.schedule.command import schedule
 from eval.speed.command import speed
 from eval.stats import CONFIDENCE, MARGIN_DENSE, MARGIN_OWN, RESAMPLES
 from eval.tasks import Task, generated_tasks
@@ -40,6 +42,7 @@ class JudgeUnlessNamed(TyperGroup):
 
 app = typer.Typer(cls=JudgeUnlessNamed, add_completion=False, pretty_exceptions_enable=False)
 app.command()(speed)
+app.command()(schedule)
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -18,24 +18,22 @@ from expertflow_quant.formats.errors import ExpertFlowError
 
 ROUNDS = 30
 STARTS = 4
-LAST, WIDTH = 8, 3
-"""Tokens at a prompt's end, and experts of a layer, that foretell an answer's path."""
 PATIENCE = 4
 """Batches that a request may be admitted later than in order of arrival."""
 
 
-def prompt_path(experts: Tensor, num_experts: int, last: int = LAST, width: int = WIDTH) -> Tensor:
-    """bool [L, E]: the path that an answer is expected to take, after its prompt has run through ``experts`` integers
-    [T, L, K] : in each layer the ``width`` experts that its ``last`` tokens used most, the whole prompt deciding between
-    equals.
+def prompt_path(experts: Tensor, num_experts: int, last: int = 1, width: int | None = None) -> Tensor:
+    """bool [L, E]: the path that an answer is expected to take, once its prompt has run through ``experts``, integers
+    [T, L, K]: in each layer the ``width`` experts (default: K) that its ``last`` tokens used most, the whole prompt
+    deciding between equals. For answers of a few tokens the prompt's last token foretold best.
     """
     if experts.ndim != 3 or not experts.numel():
         raise ExpertFlowError(f"experts {tuple(experts.shape)} of a prompt must be [tokens, layers, top_k], none empty")
-    tokens, layers, _ = experts.shape
+    tokens, layers, top_k = experts.shape
     uses = torch.zeros(tokens, layers, num_experts).scatter_(2, experts.long(), 1.0)
     liking = uses[-last:].sum(0) + uses.mean(0) / 2
     path = torch.zeros(layers, num_experts, dtype=torch.bool)
-    return path.scatter_(1, liking.topk(min(width, num_experts), 1).indices, True)
+    return path.scatter_(1, liking.topk(min(width or top_k, num_experts), 1).indices, True)
 
 
 def path_similarity(paths: Tensor) -> Tensor:

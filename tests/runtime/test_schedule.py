@@ -123,7 +123,8 @@ def test_a_prompts_path_is_what_its_last_tokens_used():
     experts = torch.tensor([[[0, 1]], [[2, 3]], [[2, 4]], [[2, 3]]])
     assert prompt_path(experts, 6, last=2, width=2).nonzero()[:, 1].tolist() == [2, 3]
     assert prompt_path(experts, 6, last=4, width=1).nonzero()[:, 1].tolist() == [2]
-    assert prompt_path(experts, 6, last=1, width=9).all()
+    assert prompt_path(experts, 6).nonzero()[:, 1].tolist() == [2, 3]
+    assert prompt_path(experts, 6, width=9).all()
 
 
 def test_what_cannot_be_grouped_is_refused():

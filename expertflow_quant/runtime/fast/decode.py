@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import Gate, combine, decode_attention, few_product, grouped_rows, plan_blocks
 from expertflow_quant.offload.layer_slots import Pools
 from expertflow_quant.offload.resident import ResidentExperts
@@ -49,20 +48,22 @@ class DecodePass:
         self._kv, self._resident, self._gates = kv, resident, gates
         self._active, self._rows, self._routes, self._ahead = active[:rows], rows, routes, ahead
         self._filled: dict[int, Any] = {}
+        self._forked: set[Any] = set()
 
     def begin(self) -> None:
         """The first operations of a step."""
         self._resident.begin_step()
         self._filled.clear()
+        self._forked.clear()
         if self._ahead is not None:
             for layer in range(min(self._ahead.distance, len(self._gates))):
                 self._prefetch(layer, None)
 
     def end(self) -> None:
-        """The last ones: the side stream joins."""
-        if self._ahead is not None and self._ahead.streams is not None:
-            for stream in self._ahead.streams:
-                torch.cuda.current_stream().wait_stream(stream)
+        """The last ones: side streams join, if they had work: a capture breaks where it waits for one that is not in
+        it."""
+        for stream in self._forked:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Tensor:
         kept = self._kv.keys[layer], self._kv.values[layer], self._kv.lengths
@@ -102,6 +103,7 @@ class DecodePass:
             return
         choosing, filling = ahead.streams
         choosing.wait_stream(torch.cuda.current_stream())
+        self._forked.add(choosing)
         with torch.cuda.stream(choosing):
             if (ids := self._guessed(ahead, layer, hidden)) is None:
                 return
@@ -109,6 +111,7 @@ class DecodePass:
         if hidden is not None:
             hidden.record_stream(choosing)  # its memory must not be another tensor's before the guess is made
         filling.wait_stream(choosing)
+        self._forked.add(filling)
         with torch.cuda.stream(filling):
             self._resident.fill(layer)
             self._filled[layer] = filling.record_event()

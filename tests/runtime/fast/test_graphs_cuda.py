@@ -104,6 +104,11 @@ def test_uncompiled_layers_and_padding_rows(shipped, items, wanted):
     assert stream.last.token_ids == wanted["mixed"][2]
 
 
+def test_a_look_ahead_without_anything_to_guess_is_captured_too(shipped, items, wanted):
+    engine = fast_engine(shipped / "int4", "100%", rows=2, look_ahead="next-gate")
+    assert differing(fast.tokens(engine, items[:2], NEW_TOKENS), wanted["int4"][:2]) == []
+
+
 def prefilled(runner, engine, items):
     """The rows' prompts read, everything ready for a step."""
     graphs, rows = runner.graphs, len(items)

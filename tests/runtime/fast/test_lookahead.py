@@ -1,5 +1,7 @@
 """Looking ahead by the next routers: the same tokens, bytes moved early, and guesses that are those routers' own."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers.fast import CONVERSATIONS, load_fast
@@ -50,6 +52,36 @@ def test_rows_that_are_not_active_are_not_guessed_for(folder_of):
     ids = decode._guessed(decode._ahead, 1, torch.randn(4, 64))
     assert (ids[[1, 3]] == 8).all()
     assert (ids[[0, 2]] < 8).all()
+
+
+class Stream:
+    """Says whom it waited for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def record_event(self):
+        return self
+
+
+@pytest.mark.parametrize("memory", ["100%", "60%"])
+def test_side_streams_join_if_they_had_work(memory, folder_of, monkeypatch):
+    options = FastOptions(rows=1, room=160, look_ahead="next-gate")
+    engine = expertflow_quant.load(folder_of(FAMILY), memory, fast=True, options=options)
+    decode, main, side = engine.runner.graphs._passes[1], Stream(), (Stream(), Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    decode._ahead.streams = side
+    for guessed in (None, torch.zeros(1, 2, dtype=torch.int64)):
+        decode._ahead.guess = lambda layer, hidden, ids=guessed: ids
+        main.waited.clear()
+        decode.begin()
+        decode.end()
+        asked = memory != "100%"  # else there is nothing to guess for
+        assert set(main.waited) == set(side[: asked * (1 if guessed is None else 2)])
 
 
 def test_bad_settings_are_refused(folder_of):

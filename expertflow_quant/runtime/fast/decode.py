@@ -289,5 +289,6 @@ class DecodeGraphs:
             picked = self.picked[:bucket]
             torch.argmax(self._logits[bucket], dim=-1, out=picked)
             self.tokens[:bucket, 0].copy_(picked)
-            self.positions[..., :bucket, :].add_(1)
+            # where nobody answers, positions would grow from request to request
+            self.positions[..., :bucket, :].add_(self.active[:bucket, None])
             self.kv.lengths[:bucket].add_(self.active[:bucket])

@@ -66,6 +66,14 @@ def counted_passes(engine, monkeypatch):
     return counted
 
 
+def test_positions_stay_where_nobody_answers(folder_of):
+    engine = load_fast(folder_of(VISION), rows=4)
+    for _ in range(2):
+        tokens(engine, CONVERSATIONS[:3], 12)
+        assert (engine.runner.graphs.positions[..., :3, :] > 12).all()
+        assert (engine.runner.graphs.positions[..., 3, :] == 0).all()
+
+
 def test_more_conversations_than_rows(folder_of, plain, monkeypatch):
     engine = load_fast(folder_of(TEXT), "30%", rows=2)
     counted = counted_passes(engine, monkeypatch)

@@ -10,7 +10,7 @@ from expertflow_quant.kernels.grouped import Tiling, combine, grouped_dense, gro
 from expertflow_quant.kernels.host_view import record_at
 from expertflow_quant.kernels.launch import use_triton
 from expertflow_quant.kernels.reference import ExpertWeights, dequantize, expert_product, expert_weights
-from expertflow_quant.kernels.table import LayoutTable
+from expertflow_quant.kernels.table import UNIT, LayoutTable
 from expertflow_quant.kernels.topk import DTYPES as TOPK_DTYPES
 from expertflow_quant.kernels.topk import fits_topk, small_topk
 from expertflow_quant.kernels.unpack import unpack_records
@@ -19,6 +19,7 @@ __all__ = [
     "ATTENTION_PROGRAMS",
     "BLOCK_TOKENS",
     "TOPK_DTYPES",
+    "UNIT",
     "Blocks",
     "ExpertWeights",
     "Gate",

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 
 from expertflow_quant.formats import RECORD_ALIGNMENT, ExpertFlowError
+from expertflow_quant.kernels import UNIT, LayoutTable
 from expertflow_quant.offload.budget import BudgetError, format_bytes, format_bytes_up
 from expertflow_quant.offload.layer_slots import plan_layer_slots
 from expertflow_quant.offload.resident import ResidentExperts
+from expertflow_quant.offload.resident_tables import MOST
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.staging import StagingRing
 from expertflow_quant.offload.store import ExpertStore
@@ -20,7 +22,7 @@ from expertflow_quant.runtime.fast.kv import KVRows
 from expertflow_quant.runtime.fast.lookahead import LookAhead, next_gate
 from expertflow_quant.runtime.fast.loop import FastRunner
 from expertflow_quant.runtime.fast.passes import Routes
-from expertflow_quant.runtime.fast.probe import Findings, probe, use_our_attention
+from expertflow_quant.runtime.fast.probe import FastPathError, Findings, probe, use_our_attention
 from expertflow_quant.runtime.prompts import Prompts
 from expertflow_quant.runtime.streamed import StreamedExperts, StreamOptions
 
@@ -67,8 +69,8 @@ class FastOptions:
 
 @dataclass(frozen=True)
 class ExpertRoom:
-    """How a budget for experts is shared: ``slot_bytes`` for slots, and a staging ring of ``ring_slots`` records of up to
-    ``record_bytes``, ``chunk`` at a time."""
+    """How a budget for experts is shared: ``slot_bytes`` for slots, and a staging ring of ``ring_slots`` records of up
+    to ``record_bytes``, ``chunk`` at a time."""
 
     slot_bytes: int
     ring_slots: int
@@ -115,6 +117,7 @@ def build_fast(
     """
     told = on_step or (lambda text: None)
     store: ExpertStore = model.expert_store
+    _refuse_records(store)
     device = next(model.parameters()).device
     use_our_attention(model)
     findings = probe(model, device)
@@ -147,6 +150,21 @@ def build_fast(
         told("read prompts of several lengths once")
     runner.reset_stats()
     return runner
+
+
+def _refuse_records(store: ExpertStore) -> None:
+    """Raises FastPathError for experts that kernels do not read or the cache's controller does not take."""
+    for index, (records, layouts) in enumerate(zip(store.layers, store.layouts, strict=True)):
+        hidden, intermediate = layouts[0].shape.hidden, layouts[0].shape.intermediate
+        if len(records.nbytes) > MOST or hidden % UNIT or intermediate % UNIT:
+            raise FastPathError(
+                f"layer {index} has {len(records.nbytes)} experts of {hidden} by {intermediate}: the fast path takes "
+                f"at most {MOST}, of sizes that are multiples of {UNIT}"
+            )
+        try:
+            LayoutTable.of(layouts, "cpu")
+        except ExpertFlowError as error:
+            raise FastPathError(str(error)) from error
 
 
 def _ahead(model: Any, options: FastOptions, device: torch.device) -> LookAhead | None:

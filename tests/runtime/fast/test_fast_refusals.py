@@ -1,6 +1,7 @@
 """Models and options that the fast path does not take, and what happens then."""
 
 import logging
+import re
 import shutil
 
 import pytest
@@ -46,6 +47,26 @@ def test_where_it_was_not_asked_for_the_plain_path_is_taken_with_a_warning(folde
     assert engine.device_expert_bytes == engine.expert_bytes
     assert tokens(engine, CONVERSATIONS[:3]) == tokens(plain_of(fast.REFUSED), CONVERSATIONS[:3])
     assert engine.stats.requests > 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "format", "named"),
+    [
+        ({}, "int4-g4", "a group must be a multiple of 8 columns"),
+        ({"moe_intermediate_size": 20}, "bf16", "8 experts of 64 by 20: .* multiples of 8"),
+        ({"num_experts": 513, "moe_intermediate_size": 8}, "bf16", "513 experts of 64 by 8: .* at most 512"),
+    ],
+)
+def test_experts_that_kernels_do_not_take_are_run_plainly(sizes, format, named, tmp_path, seemingly_gpu):
+    config = transformers.Qwen3MoeConfig(**{**tiny.TEXT, **tiny.MOE, "num_hidden_layers": 1, **sizes})
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    folder = tiny.write_checkpoint(model, tmp_path / "out", lambda layer, expert: format)
+    tiny.save_processor("qwen3_moe", folder)
+    engine = expertflow_quant.load(folder, dtype=torch.float32)
+    assert re.search(named, engine.plain_because)
+    assert len(tokens(engine, CONVERSATIONS[:1], 2)[0]) == 2
+    with pytest.raises(FastPathError, match=named):
+        load_fast(folder)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "gpt_oss"])

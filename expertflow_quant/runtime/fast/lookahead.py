@@ -21,8 +21,8 @@ Guess = Callable[[int, Tensor | None], Tensor | None]
 
 
 class LookAhead:
-    """Guesses for MoE layer ``l`` are made when layer ``l - distance`` has its hidden states, for the first ``distance``
-    layers when the step begins."""
+    """Guesses for MoE layer ``l`` are made when layer ``l - distance`` has its hidden states, for the first
+    ``distance`` layers when the step begins."""
 
     def __init__(self, guess: Guess, distance: int, device: torch.device) -> None:
         if distance < 1:

@@ -1,6 +1,6 @@
 """``python -m eval OUT --against MODEL --dense DENSE``: judge a quantized model on held-out charts and
 documents. ``python -m eval speed TARGET --out FILE``: measure how fast one runs. ``python -m eval schedule
-TRACE... --out FILE``: what grouping requests saves."""
+TRACE... --out FILE``: what grouping requests saves. ``python -m eval predict TRACE...``: score predictors."""
 
 import sys
 from collections.abc import Sequence
@@ -11,8 +11,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from eval.cache.command import cache
 from eval.judge import Comparison, Judgement, System, compare, judge
 from eval.plots import judgement_figure, save
+from eval.predict.command import predict
 from eval.provenance import provenance
 from eval.report import (
     comparisons_table,
@@ -42,6 +44,8 @@ class JudgeUnlessNamed(TyperGroup):
 
 app = typer.Typer(cls=JudgeUnlessNamed, add_completion=False, pretty_exceptions_enable=False)
 app.command()(speed)
+app.command()(predict)
+app.command()(cache)
 app.command()(schedule)
 RESULTS = Path(__file__).parent / "results"
 

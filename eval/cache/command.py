@@ -1,0 +1,102 @@
+"""``python -m eval cache TRACE... --fit TRACE... --out FILE``: hit rate against budget for every policy."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from eval.cache.contenders import Case, fit_for
+from eval.cache.measure import case_figures, described, label, verdicts
+from eval.cache.plots import cache_figure
+from eval.cache.workload import WORKLOADS
+from eval.plots import save
+from eval.provenance import provenance, short_path
+from eval.report import make_console, write_json
+from expertflow_quant.formats import ExpertFlowError
+from expertflow_quant.offload.simulator import THRESHOLD, Link
+from expertflow_quant.offload.slots import LayerRecords
+from expertflow_quant.offload.trace import RoutingTrace
+
+BUDGETS = (0.12, 0.18, 0.25, 0.32, 0.40, 0.50)
+
+
+def cache(
+    traces: Annotated[list[Path], typer.Argument(help="recorded routes to judge on")],
+    fit: Annotated[list[Path], typer.Option(help="recorded routes of the same tasks, to fit on")],
+    out: Annotated[Path, typer.Option(help="results file; a plot of the same name goes beside it")],
+    predictor: Annotated[Path | None, typer.Option(help="folder of a trained predictor")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="shares of all experts [default: 0.12 to 0.5]")] = None,
+    record_bytes: Annotated[int, typer.Option(min=1, help="of one expert")] = 1 << 20,
+    link_records: Annotated[float, typer.Option(help="records that the link moves while a layer computes")] = 1.0,
+    workload: Annotated[list[str] | None, typer.Option(help="default: all of them")] = None,
+) -> None:
+    """Hits, bytes and modelled time of cache policies on recorded routes, beside Belady's optimum."""
+    console = make_console()
+    shares = sorted(budget or BUDGETS)
+    chosen = [each for each in WORKLOADS if not workload or each.name in workload]
+    try:
+        if not chosen:
+            raise ValueError(f"no workload of these names: use {', '.join(repr(each.name) for each in WORKLOADS)}")
+        fits = [RoutingTrace.load(path) for path in fit]
+        link = Link(link_records * record_bytes, 1.0)
+        cases = []
+        for path in traces:
+            trace = RoutingTrace.load(path)
+            for each in chosen:
+                case = Case(each, trace, path, fit_for(trace, fits), predictor)
+                cases.append(run_case(case, record_bytes, shares, link))
+                console.print(case_table(cases[-1], shares))
+    except (ExpertFlowError, ValueError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    write_results(out, shares, record_bytes, link_records, cases, console)
+
+
+def run_case(case: Case, record_bytes: int, shares: list[float], link: Link) -> dict[str, Any]:
+    """A case with its figures and what they show."""
+    records = [LayerRecords((record_bytes,) * count, case.trace.top_k) for count in case.experts]
+    figures = list(case_figures(case, records, shares, link))
+    parts = {slots: [each for each in figures if each["slots"] == slots] for slots in ("shared", "layers")}
+    return described(case) | {
+        "verdicts": {slots: verdicts(part) for slots, part in parts.items()},
+        "figures": figures,
+    }
+
+
+def case_table(case: dict[str, Any], shares: list[float]) -> Table:
+    """Hit rates in percent, a row for each contender and arrangement."""
+    table = Table(title=f"{case['trace']}, {case['workload']}: hits of {case['requests']} requests, %")
+    table.add_column("slots")
+    table.add_column("policy")
+    for share in shares:
+        table.add_column(f"{100 * share:g} %", justify="right")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for figure in case["figures"]:
+        rows.setdefault((figure["slots"], label(figure)), []).append(f"{100 * figure['hit_rate']:.1f}")
+    for names, rates in rows.items():
+        table.add_row(*names, *rates)
+    return table
+
+
+def write_results(
+    out: Path,
+    shares: list[float],
+    record_bytes: int,
+    link_records: float,
+    cases: list[dict[str, Any]],
+    console: Console,
+) -> None:
+    """The JSON file, and the plot beside it."""
+    settings = {"budgets": shares, "record_bytes": record_bytes, "link_records_per_layer": link_records}
+    settings |= {
+        "threshold": THRESHOLD,
+        "time": "a layer's computing time is 1; a miss waits for its bytes on the link",
+    }
+    results = {"made": provenance("eval", sys.argv[1:], "cpu"), "settings": settings, "cases": cases}
+    write_json(out, results)
+    plot = out.with_suffix(".png")
+    save(cache_figure(results), plot)
+    console.print(f"{short_path(out)}, {short_path(plot)}", highlight=False)

@@ -1,0 +1,156 @@
+"""Cache policies on recorded routes: the steps are the trace's, chances mean what they say, the command tells all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from eval.cache.command import cache
+from eval.cache.contenders import Case, contenders, fit_for, predictions
+from eval.cache.measure import bound, verdicts
+from eval.cache.workload import WORKLOADS, Workload, affinity_scores, calibrated, oracle_scores, recall
+from expertflow_quant.offload.policies.affinity import fit_affinity
+from expertflow_quant.offload.simulator import Link, replay
+from expertflow_quant.offload.slots import LayerRecords
+from expertflow_quant.offload.trace import GENERATED, PROMPT_TEXT, RoutingTrace, batched_requests
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+
+
+def make_trace(seed, items=6, task="charts"):
+    """Items that each keep to their own half of the experts, with prompts of 3 tokens and answers of 1 to 12."""
+    generator = torch.Generator().manual_seed(seed)
+    kind, item, experts = [], [], []
+    for number in range(items):
+        answer = int(torch.randint(1, 13, (), generator=generator))
+        half = int(torch.randint(0, 2, (), generator=generator)) * EXPERTS // 2
+        for place in range(3 + answer):
+            kind.append(PROMPT_TEXT if place < 3 else GENERATED)
+            item.append(number)
+            drawn = [torch.randperm(EXPERTS // 2, generator=generator)[:TOP_K] + half for _ in range(LAYERS)]
+            experts.append(torch.stack(drawn))
+    ids = torch.randint(0, 20, (len(kind),), generator=generator)
+    return RoutingTrace.of(ids, kind, item, torch.stack(experts), EXPERTS, [task] * items)
+
+
+def case(rows=1, phase="decode"):
+    return Case(Workload("some", rows, phase), make_trace(1, 20), Path("some.safetensors"), make_trace(2, 20))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 50])
+@pytest.mark.parametrize("phase", ["decode", "all"])
+def test_steps_and_requests_are_those_of_the_trace(rows, phase):
+    trace = make_trace(0)
+    workload = Workload("some", rows, phase)
+    assert workload.requests(trace) == list(batched_requests(trace, rows, phase))
+    ran = torch.cat(workload.steps(trace)).sort().values.tolist()
+    assert ran == [row for row in range(len(trace)) if phase == "all" or trace.kind[row] == GENERATED]
+
+
+def test_chances_of_a_step_join_those_of_its_tokens():
+    trace = make_trace(0, items=2)
+    chances = torch.zeros(len(trace), LAYERS, EXPERTS)
+    first = (trace.kind == GENERATED).nonzero().flatten()[0]
+    second = ((trace.kind == GENERATED) & (trace.item == 1)).nonzero().flatten()[0]
+    chances[first, 1, 4], chances[second, 1, 4], chances[second, 2, 0] = 0.5, 0.5, 1.0
+    step = Workload("two", 2, "decode").scores(trace, chances)[0]
+    assert (step[1][4], step[2][0], step[0][0]) == (0.75, 1.0, 0.0)
+
+
+def test_calibrated_scores_are_the_share_that_was_used():
+    fit = make_trace(3, 40)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(len(fit), LAYERS, EXPERTS, generator=generator) + 10 * fit.paths()
+    chances = calibrated(fit, scores)(torch.tensor([[-5.0, 0.3, 10.5, 99.0]]))
+    assert chances[0].tolist() == pytest.approx([0, 0, 1, 1])
+    noise = torch.rand(len(fit), LAYERS, EXPERTS, generator=generator)
+    spread = calibrated(fit, noise)(torch.linspace(0, 1, 50))
+    assert float(spread.mean()) == pytest.approx(TOP_K / EXPERTS, abs=0.05)
+
+
+def test_affinity_knows_an_item_by_its_experts_and_the_oracle_everything():
+    made = case()
+    requests, fitted = made.workload.requests(made.trace), made.workload.requests(made.fit)
+    scores = affinity_scores(requests, made.experts, fit_affinity(fitted, made.experts, forget=0.0))
+    assert len(scores) == len(requests)
+    assert recall(requests, scores, 4) > 0.85  # chance: a half; only the first token of an item is a surprise
+    assert recall(requests, oracle_scores(requests, EXPERTS), TOP_K) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("phase", ["decode", "all"])
+def test_without_fetching_ahead_nobody_beats_the_bound(rows, phase):
+    made = case(rows, phase)
+    requests, fitted = made.workload.requests(made.trace), made.workload.requests(made.fit)
+    records = [LayerRecords((1,) * EXPERTS, TOP_K)] * LAYERS
+    best = bound(requests, records, 12)
+    for one in contenders(made, requests, fitted, predictions(made, requests, fitted)):
+        link = Link(1.0, 1.0)
+        found = replay(requests, records, 12, one.make, one.scores, slots="layers", link=link, ahead=one.ahead)
+        assert one.ahead or found.hits <= best
+        assert found.hits + found.misses == sum(len(wanted) for step in requests for wanted in step)
+
+
+def test_verdicts_take_the_worst_budget():
+    figures = [
+        {"policy": name, "predictor": None, "budget": share, "hit_rate": rate, "of_belady": of}
+        for name, share, rate, of in [
+            ("LRU", 0.1, 0.2, 0.5),
+            ("LRU", 0.5, 0.6, 0.7),
+            ("LFU, decayed", 0.1, 0.3, 0.8),
+            ("LFU, decayed", 0.5, 0.59, 0.9),
+            ("Belady", 0.1, 0.9, 1.0),
+        ]
+    ]
+    assert verdicts(figures) == {"LFU, decayed": {"least_lead_over_lru": -1.0, "least_share_of_belady": 0.8}}
+
+
+def test_a_trace_is_fitted_on_one_of_its_own_tasks():
+    charts, documents = make_trace(0), make_trace(1, task="documents")
+    assert fit_for(documents, [charts, documents]) is documents
+    with pytest.raises(ValueError, match="of the tasks documents"):
+        fit_for(documents, [charts])
+
+
+def run(*arguments):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(cache)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_writes_figures_and_a_plot(tmp_path):
+    make_trace(0).save(tmp_path / "test.safetensors")
+    make_trace(1).save(tmp_path / "fit.safetensors")
+    out = tmp_path / "cache.json"
+    asked = [tmp_path / "test.safetensors", "--fit", tmp_path / "fit.safetensors", "--out", out]
+    done = run(*asked, "--budget", 0.25, "--budget", 0.5)
+    assert done.exit_code == 0, done.output
+    assert "Belady" in done.output
+    results = json.loads(out.read_text())
+    assert [each["workload"] for each in results["cases"]] == [workload.name for workload in WORKLOADS]
+    decode = results["cases"][0]
+    assert {(figure["slots"], figure["budget"]) for figure in decode["figures"]} == {
+        (slots, share) for slots in ("shared", "layers") for share in (0.25, 0.5)
+    }
+    oracle = [figure for figure in decode["figures"] if figure["ahead"] and figure["predictor"] == "oracle"]
+    assert all(figure["hit_rate"] > 0.5 and figure["ahead_bytes_per_step"] > 0 for figure in oracle)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workload", "nothing"], "no workload of these names"),
+        (["--link-records", "0"], "more than 0 bytes"),
+        (["--budget", "0.0001"], "expert memory"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_words(tmp_path, arguments, said):
+    trace = tmp_path / "test.safetensors"
+    make_trace(0).save(trace)
+    done = run(trace, "--fit", trace, "--out", tmp_path / "cache.json", *arguments)
+    assert done.exit_code == 1
+    assert said in done.output

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.cache.contenders import Case, fit_for
-from eval.cache.measure import case_figures, described, label, verdicts
+from eval.cache.measure import ARRANGEMENTS, case_curves, described, label, verdicts
 from eval.cache.plots import cache_figure
 from eval.cache.workload import WORKLOADS
 from eval.plots import save
@@ -58,11 +58,11 @@ def cache(
 def run_case(case: Case, record_bytes: int, shares: list[float], link: Link) -> dict[str, Any]:
     """A case with its figures and what they show."""
     records = [LayerRecords((record_bytes,) * count, case.trace.top_k) for count in case.experts]
-    figures = list(case_figures(case, records, shares, link))
-    parts = {slots: [each for each in figures if each["slots"] == slots] for slots in ("shared", "layers")}
+    curves = list(case_curves(case, records, shares, link))
+    parts = {slots: [each for each in curves if each["slots"] == slots] for slots in ARRANGEMENTS}
     return described(case) | {
         "verdicts": {slots: verdicts(part) for slots, part in parts.items()},
-        "figures": figures,
+        "curves": curves,
     }
 
 
@@ -73,11 +73,8 @@ def case_table(case: dict[str, Any], shares: list[float]) -> Table:
     table.add_column("policy")
     for share in shares:
         table.add_column(f"{100 * share:g} %", justify="right")
-    rows: dict[tuple[str, str], list[str]] = {}
-    for figure in case["figures"]:
-        rows.setdefault((figure["slots"], label(figure)), []).append(f"{100 * figure['hit_rate']:.1f}")
-    for names, rates in rows.items():
-        table.add_row(*names, *rates)
+    for curve in case["curves"]:
+        table.add_row(curve["slots"], label(curve), *(f"{100 * rate:.1f}" for rate in curve["hit_rate"]))
     return table
 
 
@@ -93,7 +90,7 @@ def write_results(
     settings = {"budgets": shares, "record_bytes": record_bytes, "link_records_per_layer": link_records}
     settings |= {
         "threshold": THRESHOLD,
-        "time": "a layer's computing time is 1; a miss waits for its bytes on the link",
+        "time": "of a step, 1 without a miss: a miss waits for the link",
     }
     results = {"made": provenance("eval", sys.argv[1:], "cpu"), "settings": settings, "cases": cases}
     write_json(out, results)

@@ -1,4 +1,6 @@
-"""Every contender at every budget, in both arrangements of slots."""
+"""Every contender at every budget, in both arrangements of slots, each with the prefills of its own path: the plain
+path brings all that a prompt wants into its shared slots, the fast path streams what is missing past its layers' slots.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,31 +9,33 @@ from eval.cache.contenders import BELADY, LRU_NAME, Case, Contender, contenders,
 from eval.cache.workload import recall
 from expertflow_quant.offload.layer_slots import plan_layer_slots
 from expertflow_quant.offload.policies.belady import Requests, most_hits
-from expertflow_quant.offload.simulator import Link, Slots, replay
+from expertflow_quant.offload.simulator import Link, Replay, Slots, replay
 from expertflow_quant.offload.slots import LayerRecords
 
 ARRANGEMENTS: tuple[Slots, ...] = ("shared", "layers")
 NO_SLOT = "Belady, slots optional"
 
 
-def case_figures(
+def case_curves(
     case: Case, records: Sequence[LayerRecords], shares: Sequence[float], link: Link
 ) -> Iterator[dict[str, Any]]:
-    """One figure after the other; ``link``'s layer_seconds is the unit of time."""
+    """One curve over the budgets ``shares`` after the other, Belady's first in each arrangement. ``link``'s
+    layer_seconds is the unit of time."""
     requests, fitted = case.workload.requests(case.trace), case.workload.requests(case.fit)
     compared = contenders(case, requests, fitted, predictions(case, requests, fitted))
-    total = sum(sum(layer.nbytes) for layer in records)
+    wanted = sum(len(experts) for step in requests for experts in step)
+    budgets = [int(share * sum(sum(layer.nbytes) for layer in records)) for share in shares]
     for slots in ARRANGEMENTS:
-        for share in shares:
-            where = {"slots": slots, "budget": share}
-            best: int | None = None
-            if slots == "layers":
-                best = bound(requests, records, int(share * total))
-                yield where | {"policy": NO_SLOT, "predictor": None, "ahead": False, **_bound_figures(requests, best)}
-            for contender in compared:
-                found = _figures(requests, records, int(share * total), contender, slots, link)
-                best = found["hits"] if best is None else best
-                yield where | found | {"of_belady": round(found["hits"] / best, 4) if best else None}
+        best: list[int] = []
+        if slots == "layers":
+            best = [bound(requests, records, budget) for budget in budgets]
+            rates = {"hit_rate": [round(hits / wanted, 4) for hits in best], "of_belady": [1.0] * len(best)}
+            yield {"slots": slots, "policy": NO_SLOT, "predictor": None, "ahead": False} | rates
+        streamed = case.workload.prefills(case.trace) if slots == "layers" else None
+        for contender in compared:
+            found = [_replay(requests, streamed, records, budget, contender, slots, link) for budget in budgets]
+            best = best or [each.hits for each in found]
+            yield {"slots": slots} | _curve(contender, found, best, len(records) * link.layer_seconds)
 
 
 def described(case: Case) -> dict[str, Any]:
@@ -65,58 +69,46 @@ def bound(requests: Requests, records: Sequence[LayerRecords], budget_bytes: int
     )
 
 
-def verdicts(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of every predictive contender over all budgets of a case and arrangement: the least lead over LRU, in points of
-    the hit rate, and the least share of Belady's hits."""
-    lru = {figure["budget"]: figure["hit_rate"] for figure in figures if figure["policy"] == LRU_NAME}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for figure in figures:
-        if figure["policy"] not in (BELADY, NO_SLOT, LRU_NAME):
-            rows.setdefault(label(figure), []).append(figure)
+def verdicts(curves: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of every contender of one arrangement over all budgets: the least lead over LRU, in points of the hit rate, and
+    the least share of Belady's hits."""
+    lru = next(curve["hit_rate"] for curve in curves if curve["policy"] == LRU_NAME)
     return {
-        name: {
-            "least_lead_over_lru": round(min(100 * (each["hit_rate"] - lru[each["budget"]]) for each in found), 2),
-            "least_share_of_belady": min(each["of_belady"] for each in found),
+        label(curve): {
+            "least_lead_over_lru": round(min(100 * (a - b) for a, b in zip(curve["hit_rate"], lru, strict=True)), 2),
+            "least_share_of_belady": min(curve["of_belady"]),
         }
-        for name, found in rows.items()
+        for curve in curves
+        if curve["policy"] not in (BELADY, NO_SLOT, LRU_NAME)
     }
 
 
-def label(figure: dict[str, Any]) -> str:
+def label(curve: dict[str, Any]) -> str:
     """A contender's name with its predictor."""
-    return figure["policy"] + (f" ({figure['predictor']})" if figure["predictor"] else "")
+    return curve["policy"] + (f" ({curve['predictor']})" if curve["predictor"] else "")
 
 
-def _figures(
+def _replay(
     requests: Requests,
+    streamed: Sequence[bool] | None,
     records: Sequence[LayerRecords],
     budget_bytes: int,
     contender: Contender,
     slots: Slots,
     link: Link,
-) -> dict[str, Any]:
-    found = replay(
-        requests,
-        records,
-        budget_bytes,
-        contender.make,
-        contender.scores,
-        slots=slots,
-        link=link,
-        ahead=contender.ahead,
-    )
+) -> Replay:
+    told, ahead = contender.scores, contender.ahead
+    return replay(requests, records, budget_bytes, contender.make, told, streamed, slots=slots, link=link, ahead=ahead)
+
+
+def _curve(contender: Contender, found: Sequence[Replay], best: Sequence[int], step_seconds: float) -> dict[str, Any]:
     return {
         "policy": contender.name,
         "predictor": contender.predictor,
         "ahead": contender.ahead,
-        "hits": found.hits,
-        "hit_rate": round(found.hit_rate, 4),
-        "bytes_per_step": round(found.bytes_moved / found.steps),
-        "ahead_bytes_per_step": round(found.fetched_ahead_bytes / found.steps),
-        "time_per_layer": round(found.seconds / (found.steps * len(records) * link.layer_seconds), 4),
+        "hit_rate": [round(each.hit_rate, 4) for each in found],
+        "of_belady": [round(each.hits / most, 4) if most else 1.0 for each, most in zip(found, best, strict=True)],
+        "bytes_per_step": [round(each.bytes_moved / each.steps) for each in found],
+        "ahead_bytes_per_step": [round(each.fetched_ahead_bytes / each.steps) for each in found],
+        "time": [round(each.seconds / (each.steps * step_seconds), 4) for each in found],
     }
-
-
-def _bound_figures(requests: Requests, hits: int) -> dict[str, Any]:
-    wanted = sum(len(experts) for step in requests for experts in step)
-    return {"hits": hits, "hit_rate": round(hits / wanted, 4), "of_belady": 1.0}

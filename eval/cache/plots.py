@@ -1,6 +1,6 @@
 """Hit rate against budget, a panel for each case and arrangement of slots, with Belady's curve."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -34,7 +34,7 @@ def cache_figure(results: Mapping[str, Any]) -> Figure:
         figure, axes = plt.subplots(2, len(cases), figsize=size, layout="constrained", squeeze=False, sharey="col")
         for column, case in enumerate(cases):
             for row, slots in enumerate(SLOTS):
-                draw_case(axes[row][column], case, slots)
+                draw_case(axes[row][column], case, slots, results["settings"]["budgets"])
             axes[1][column].set_xlabel("resident share of the experts")
         for row, name in enumerate(SLOTS.values()):
             axes[row][0].set_ylabel(f"hit rate, {name}")
@@ -45,18 +45,15 @@ def cache_figure(results: Mapping[str, Any]) -> Figure:
         return figure
 
 
-def draw_case(axes: Axes, case: Mapping[str, Any], slots: str) -> None:
+def draw_case(axes: Axes, case: Mapping[str, Any], slots: str, budgets: Sequence[float]) -> None:
     """Curves of one case in one arrangement."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for figure in case["figures"]:
-        if figure["slots"] == slots:
-            curves.setdefault(label(figure), []).append((figure["budget"], figure["hit_rate"]))
+    curves = {label(curve): curve["hit_rate"] for curve in case["curves"] if curve["slots"] == slots}
     best = curves[NO_SLOT if slots == "layers" else BELADY]
-    axes.plot(*zip(*best, strict=True), label="Belady's optimum (nothing fetched ahead)", **BOUND)
+    axes.plot(budgets, best, label="Belady's optimum (nothing fetched ahead)", **BOUND)
     trained = [(name, TRAINED) for name in curves if name.startswith("predictive + ahead (encoder")]
     for name, style in (*LINES, *trained):
         if name in curves:
-            axes.plot(*zip(*curves[name], strict=True), label=name, markersize=3.5, linewidth=1.2, **style)
+            axes.plot(budgets, curves[name], label=name, markersize=3.5, linewidth=1.2, **style)
     axes.set_title(f"{case['trace'].removesuffix('.safetensors')}, {case['workload']}")
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, 0))

@@ -47,6 +47,10 @@ class Workload:
             raise ExpertFlowError("the trace has no generated tokens: record longer answers")
         return found
 
+    def prefills(self, trace: RoutingTrace) -> list[bool]:
+        """Whether each step is a prompt's."""
+        return [bool((trace.kind[rows] != GENERATED).any()) for rows in self.steps(trace)]
+
     def scores(self, trace: RoutingTrace, chances: Tensor) -> Scores:
         """Chances [N, L, E] of tokens joined by step: an expert is used unless no token of the step uses it."""
         return [(1 - (1 - chances[rows]).prod(0)).tolist() for rows in self.steps(trace)]

@@ -21,6 +21,9 @@ class Arrangement(Protocol):
     def request(self, layer: int, experts: Collection[int]) -> list[int]:
         """Serve the distinct experts that a layer wants; those that were missing."""
 
+    def missing(self, layer: int, experts: Collection[int]) -> list[int]:
+        """Those among ``experts`` that are not resident; nothing moves."""
+
     def offer(self, layer: int, expert: int, in_use: Collection[Key]) -> bool:
         """Fetch an expert ahead of its use if it is worth a slot; whether it was fetched."""
 
@@ -47,6 +50,9 @@ class SharedPools:
             in_use = {(layer, expert) for expert in piece}
             missing += [expert for expert in piece if not self._table.place((layer, expert), in_use).hit]
         return missing
+
+    def missing(self, layer: int, experts: Collection[int]) -> list[int]:
+        return [expert for expert in sorted(experts) if (layer, expert) not in self._table]
 
     def offer(self, layer: int, expert: int, in_use: Collection[Key]) -> bool:
         return self._table.offer((layer, expert), in_use) is not None
@@ -85,6 +91,10 @@ class LayerPools:
             missing += [expert for _, expert in pool.request(wanted)]
         return missing
 
+    def missing(self, layer: int, experts: Collection[int]) -> list[int]:
+        pools, nbytes = self._pools[layer], self._layers[layer].nbytes
+        return [expert for expert in sorted(experts) if (layer, expert) not in pools[nbytes[expert]]]
+
     def offer(self, layer: int, expert: int, in_use: Collection[Key]) -> bool:
         return self._pools[layer][self._layers[layer].nbytes[expert]].offer((layer, expert), in_use)
 
@@ -93,6 +103,9 @@ class _Pool:
     def __init__(self, slots: int, policy: Policy) -> None:
         self._owner: list[Key | None] = [None] * slots
         self._policy = policy
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._owner
 
     def request(self, wanted: Sequence[Key]) -> list[Key]:
         """Those among ``wanted``, of this pool's size and in order, that were missing."""

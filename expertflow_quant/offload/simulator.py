@@ -74,6 +74,7 @@ def replay(
     budget_bytes: int,
     make_policy: Callable[[Progress], Policy],
     predictions: Iterable[Scores | None] | None = None,
+    streamed: Iterable[bool] | None = None,
     *,
     slots: Slots = "shared",
     preload: bool = False,
@@ -83,10 +84,12 @@ def replay(
 ) -> Replay:
     """Run ``requests`` (steps; of every layer the distinct experts wanted) through empty slots worth ``budget_bytes``.
 
-    ``make_policy`` gives a policy for every pool of slots. ``predictions``: for each step what is known of it before it
-    runs. ``ahead``: while a layer computes, experts that are predicted with at least ``threshold`` are fetched for the
-    layers after it, nearest layer and highest score first, as many bytes as ``link`` moves meanwhile, if the policy
-    finds them worth a slot. Raises BudgetError as the runtime does, and ExpertFlowError for requests of another model.
+    ``make_policy`` gives a policy for every pool of slots. ``predictions``: for each step what is known of it before
+    it runs. ``streamed``: whether each step is one of the fast path's prefills, which uses what is resident, reads the
+    rest past the slots and leaves no trace in them. ``ahead``: while a layer computes, experts that are predicted with
+    at least ``threshold`` are fetched for the layers after it, nearest layer and highest score first, as many bytes as
+    ``link`` moves meanwhile, if the policy finds them worth a slot. Raises BudgetError as the runtime does, and
+    ExpertFlowError for requests of another model.
     """
     if ahead and (link is None or predictions is None):
         raise ExpertFlowError("fetching ahead needs predictions, and a link to say how much it moves meanwhile")
@@ -100,8 +103,9 @@ def replay(
     if preload:
         arrangement.preload()
     run = _Run(layers, progress, arrangement, link if ahead else None, threshold)
-    for step, scores in zip(requests, chain(predictions or (), repeat(None)), strict=False):
-        run.step(step, scores)
+    known, passing = chain(predictions or (), repeat(None)), chain(streamed or (), repeat(False))
+    for step, scores, is_streamed in zip(requests, known, passing, strict=False):
+        run.step(step, scores, is_streamed)
     return run.result(link)
 
 
@@ -119,20 +123,25 @@ class _Run:
         self._hits, self._misses = [0] * len(layers), [0] * len(layers)
         self._missed = self._fetched = 0
 
-    def step(self, wanted: Sequence[Collection[int]], scores: Scores | None) -> None:
+    def step(self, wanted: Sequence[Collection[int]], scores: Scores | None, streamed: bool) -> None:
         if len(wanted) != len(self._layers):
             raise ExpertFlowError(f"a step of {len(wanted)} layers, the model has {len(self._layers)}: record it again")
         self._progress.begin_step(scores)
         credit, fetched = 0.0, set[Key]()
         for layer, experts in enumerate(wanted):
+            if streamed:
+                self._count(layer, experts, self._arrangement.missing(layer, experts))
+                continue
             self._progress.begin_layer(layer, experts)
-            missing = self._arrangement.request(layer, experts)
-            self._misses[layer] += len(missing)
-            self._hits[layer] += len(experts) - len(missing)
-            self._missed += sum(self._layers[layer].nbytes[expert] for expert in missing)
+            self._count(layer, experts, self._arrangement.request(layer, experts))
             if scores is not None and self._bytes_ahead:
                 in_use = {(layer, expert) for expert in experts} | fetched
                 credit = self._fetch_ahead(scores, credit + self._bytes_ahead, in_use, fetched)
+
+    def _count(self, layer: int, experts: Collection[int], missing: Sequence[int]) -> None:
+        self._misses[layer] += len(missing)
+        self._hits[layer] += len(experts) - len(missing)
+        self._missed += sum(self._layers[layer].nbytes[expert] for expert in missing)
 
     def _fetch_ahead(self, scores: Scores, credit: float, in_use: set[Key], fetched: set[Key]) -> float:
         """Bytes left of ``credit`` for a record that is under way; what is not used is lost."""

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from calibration.measure import measure_errors, weights_digest
 from calibration.plan import Choice, ExpertErrors, choose, errors_from_json, errors_to_json
+from calibration.predictor.commands import predictor, sight
 from calibration.trace_command import trace
 from expertflow_quant.formats import ExpertFlowError, Format
 from expertflow_quant.pipeline.samples_io import generated_samples
@@ -27,6 +28,8 @@ def commands() -> None:
 
 
 app.command("trace")(trace)
+app.command("sight")(sight)
+app.command("predictor")(predictor)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
@@ -72,7 +72,7 @@ class PathPredictor:
         head = {"format": FORMAT, "version": VERSION, "sizes": asdict(self.model.sizes), "trained": self.trained}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE)
+            (folder / WEIGHTS_FILE).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
             (folder / SIZES_FILE).write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ExpertFlowError(f"cannot write into {folder} ({error}): make room or choose another one") from error

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
@@ -99,9 +99,8 @@ class Sight:
         metadata = {"format": FORMAT, "version": VERSION, "num_experts": str(self.num_experts)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: value.contiguous() for name, value in tensors.items() if value is not None}, partial, metadata
-            )
+            kept = {name: value.contiguous() for name, value in tensors.items() if value is not None}
+            partial.write_bytes(save(kept, metadata))
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             raise ExpertFlowError(f"cannot write {path} ({error}): make room or choose another folder") from error

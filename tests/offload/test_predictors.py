@@ -66,7 +66,8 @@ def test_token_by_token_gives_the_scores_of_the_whole_trace():
     sight = seen(trace)
     for predictor in every_predictor(other, sight):
         together = predictor.scores_for(trace, sight)
-        assert together.shape == (len(trace), LAYERS, EXPERTS) and together.dtype == torch.float32
+        assert together.shape == (len(trace), LAYERS, EXPERTS)
+        assert together.dtype == torch.float32
         for row in range(len(trace)):
             alone = predictor.predict(History.of(trace, row, sight))
             assert torch.allclose(alone, together[row], atol=1e-5), (predictor.name, row)
@@ -168,7 +169,8 @@ def test_predictor_comes_back_from_its_folder(tmp_path):
     predictor.save(tmp_path)
     again = PathPredictor.load(tmp_path)
     assert torch.equal(again.scores_for(trace, sight), predictor.scores_for(trace, sight))
-    assert again.trained == predictor.trained and again.name == predictor.name
+    assert again.trained == predictor.trained
+    assert again.name == predictor.name
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "version", "sizes"])
@@ -193,8 +195,10 @@ def test_sight_comes_back_and_knows_its_trace(tmp_path):
     sight = seen(trace)
     sight.save(tmp_path / "x.sight.safetensors")
     again = Sight.load(tmp_path / "x.sight.safetensors").check(trace)
-    assert torch.equal(again.ahead, sight.ahead) and torch.equal(again.pictures, sight.pictures)
-    assert again.num_experts == EXPERTS and torch.equal(again.basis.basis, sight.basis.basis)
+    assert torch.equal(again.ahead, sight.ahead)
+    assert torch.equal(again.pictures, sight.pictures)
+    assert again.num_experts == EXPERTS
+    assert torch.equal(again.basis.basis, sight.basis.basis)
     with pytest.raises(ExpertFlowError, match="another trace"):
         again.check(routing(seed=9))
     with pytest.raises(ExpertFlowError, match="record it again"):
@@ -221,6 +225,8 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_widths_and_best():
-    assert widths(2) == {"k": 2, "1.5k": 3, "2k": 4} and widths(1) == {"k": 1, "1.5k": 2, "2k": 2}
+    assert widths(2) == {"k": 2, "1.5k": 3, "2k": 4}
+    assert widths(1) == {"k": 1, "1.5k": 2, "2k": 2}
     scores = torch.tensor([[0.1, 0.9, 0.5]])
-    assert best(scores, 2).tolist() == [[False, True, True]] and best(scores, 9).all()
+    assert best(scores, 2).tolist() == [[False, True, True]]
+    assert best(scores, 9).all()

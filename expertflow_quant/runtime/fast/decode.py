@@ -118,7 +118,10 @@ class DecodePass:
 
     def _guessed(self, ahead: LookAhead, layer: int, hidden: Tensor | None) -> Tensor | None:
         ids = ahead.guess(layer, hidden)
-        if ids is None or self._rows == 1:
+        if ids is None:
+            return None
+        ids = ids[: self._rows]
+        if self._rows == 1:
             return ids
         nobody = len(self._resident.store.layers[layer].nbytes)
         return torch.where(self._active[:, None], ids, nobody)

@@ -17,7 +17,8 @@ from expertflow_quant.runtime.fast.probe import FastPathError
 
 Guess = Callable[[int, Tensor | None], Tensor | None]
 """(MoE layer to come, hidden states ``[T, H]`` that the present layer's router was given, None at the start of a step)
--> expert ids ``[T, n]`` that it is expected to want, or None for no guess. Runs on a side stream of a captured step."""
+-> expert ids ``[T, n]`` that it is expected to want, more rows than the step has are not looked at, or None for no
+guess. Runs on a side stream of a captured step."""
 
 
 class LookAhead:

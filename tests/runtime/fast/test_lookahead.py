@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers.fast import CONVERSATIONS, load_fast
+from helpers.fast import CONVERSATIONS, load_fast, rebuilt
 
 import expertflow_quant
 from expertflow_quant.formats import ExpertFlowError
@@ -52,6 +52,19 @@ def test_rows_that_are_not_active_are_not_guessed_for(folder_of):
     ids = decode._guessed(decode._ahead, 1, torch.randn(4, 64))
     assert (ids[[1, 3]] == 8).all()
     assert (ids[[0, 2]] < 8).all()
+
+
+def test_a_guess_for_more_rows_than_a_step_has_is_cut(folder_of):
+    engine = load_fast(folder_of(FAMILY), "99%", rows=4)
+    everyone = torch.arange(8).view(4, 2)
+    options = FastOptions(rows=4, room=160)
+    runner = rebuilt(engine, "99%", options, make_ahead=lambda _: LookAhead(lambda *_: everyone, 1, engine.device))
+    runner.graphs.active[:2] = True
+    for bucket in (1, 2):
+        decode = runner.graphs._passes[bucket]
+        assert decode._guessed(decode._ahead, 0, None).tolist() == everyone[:bucket].tolist()
+        with torch.inference_mode():
+            runner.graphs.step(bucket)
 
 
 class Stream:

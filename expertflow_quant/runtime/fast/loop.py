@@ -44,6 +44,7 @@ class FastRunner:
         self.prefill_tokens: int | None = prefill_tokens
         self._findings, self._tokenizer, self._end_ids = findings, tokenizer, end_ids
         self._routes = routes
+        self._broke_off = False
 
     @property
     def max_rows(self) -> int | None:
@@ -92,6 +93,9 @@ class FastRunner:
         sampler = Sampler(sampling, self.device)
         if streamer is not None:
             streamer.put(batches[0].inputs["input_ids"])
+        if self._broke_off:  # an expert may have been given a slot and its record never have come
+            self.resident.preload()
+        self._broke_off = True
         with torch.inference_mode():
             self.kv.lengths.zero_()
             first = 0
@@ -100,7 +104,10 @@ class FastRunner:
                 self.graphs.tokens[first : first + len(prompts), 0] = sampler.pick(logits)
                 first += len(prompts)
             stop = StopTexts(self._tokenizer, sampling.stop, 0) if sampling.stop else None
-            return _Answers(self.graphs, first, self._end_ids, stop, streamer, cancellable).finish(sampling, sampler)
+            answers = _Answers(self.graphs, first, self._end_ids, stop, streamer, cancellable)
+            rows = answers.finish(sampling, sampler)
+        self._broke_off = False
+        return rows
 
     def prefill(self, prompts: Prompts, first: int) -> Tensor:
         """Read ``prompts`` into rows ``first`` and on; logits ``[prompts, vocabulary]`` of their last tokens."""

@@ -228,6 +228,24 @@ def test_what_a_pass_raises_reaches_the_reader_and_leaves_no_pass(engine, monkey
     assert len(tokens(engine, [CONVERSATIONS[1]], 4)[0]) == 4
 
 
+def test_a_step_that_broke_off_leaves_no_slot_without_its_record(folder_of, plain, monkeypatch):
+    engine = load_fast(folder_of(TEXT), "60%")
+    wanted = one_by_one(plain, CONVERSATIONS[:3])
+    fill, left = engine.runner.resident.fill, []
+
+    def broken(layer):
+        if not left.pop():
+            raise KeyboardInterrupt
+        fill(layer)
+
+    for good in (2, 3, 5, 6, 8):
+        left[:] = [False, *[True] * good]
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(engine.runner.resident, "fill", broken)
+            engine.generate([CONVERSATIONS[0]], 10)
+        assert tokens(engine, CONVERSATIONS[:3]) == wanted
+
+
 def test_sampling_is_repeated_by_its_seed_and_leaves_the_global_generator_alone(engine):
     torch.manual_seed(5)
     state = torch.get_rng_state()

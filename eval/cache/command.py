@@ -27,7 +27,7 @@ def cache(
     traces: Annotated[list[Path], typer.Argument(help="recorded routes to judge on")],
     fit: Annotated[list[Path], typer.Option(help="recorded routes of the same tasks, to fit on")],
     out: Annotated[Path, typer.Option(help="results file; a plot of the same name goes beside it")],
-    predictor: Annotated[Path | None, typer.Option(help="folder of a trained predictor")] = None,
+    learned: Annotated[list[Path] | None, typer.Option(help="folders of trained predictors")] = None,
     budget: Annotated[list[float] | None, typer.Option(help="shares of all experts [default: 0.12 to 0.5]")] = None,
     record_bytes: Annotated[int, typer.Option(min=1, help="of one expert")] = 1 << 20,
     link_records: Annotated[float, typer.Option(help="records that the link moves while a layer computes")] = 1.0,
@@ -46,7 +46,7 @@ def cache(
         for path in traces:
             trace = RoutingTrace.load(path)
             for each in chosen:
-                case = Case(each, trace, path, fit_for(trace, fits), predictor)
+                case = Case(each, trace, path, fit_for(trace, fits), tuple(learned or ()))
                 cases.append(run_case(case, record_bytes, shares, link))
                 console.print(case_table(cases[-1], shares))
     except (ExpertFlowError, ValueError) as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from eval.cache.workload import Scores, Workload, affinity_scores, calibrated, oracle_scores
+from eval.cache.workload import Scores, Workload, affinity_scores, calibrated, joined, oracle_scores
 from expertflow_quant.offload.policies.affinity import Affinity, fit_affinity
 from expertflow_quant.offload.policies.belady import Belady, Future, Requests
 from expertflow_quant.offload.policies.frequency import LFU, Popular, popularity
@@ -42,7 +42,7 @@ class Case:
     trace: RoutingTrace
     path: Path
     fit: RoutingTrace
-    predictor: Path | None = None
+    predictors: tuple[Path, ...] = ()
 
     @property
     def experts(self) -> list[int]:
@@ -58,8 +58,10 @@ def predictions(case: Case, requests: Requests, fitted: Requests) -> dict[str, S
     for predictor in (counted, PreviousToken(counted), TokenTable.fit(case.fit.generated())):
         chances = calibrated(case.fit, predictor.scores_for(case.fit))(predictor.scores_for(case.trace))
         found[predictor.name] = case.workload.scores(case.trace, chances)
-    if case.predictor is not None:
-        trained = PathPredictor.load(case.predictor)
+    shares = popularity(fitted, case.experts)
+    found["affinity and token table"] = joined(found["affinity"], found[TokenTable.name], shares)
+    for folder in case.predictors:
+        trained = PathPredictor.load(folder)
         beside = sight_path(case.path)
         seen = Sight.load(beside) if trained.basis is not None and beside.exists() else None
         found[trained.name] = case.workload.scores(case.trace, torch.sigmoid(trained.scores_for(case.trace, seen)))

@@ -21,6 +21,7 @@ LINES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("static popularity", {"color": color_of(3), "linestyle": "--"}),
     ("predictive", {"color": color_of(2), "marker": "^"}),
     ("predictive + ahead (affinity)", {"color": color_of(0), "marker": "D"}),
+    ("predictive + ahead (affinity and token table)", {"color": color_of(0), "marker": "v", "linestyle": "--"}),
     ("predictive + ahead (oracle)", {"color": color_of(4), "linestyle": "--"}),
 )
 TRAINED = {"color": color_of(8), "marker": "v"}

@@ -16,6 +16,7 @@ Scores = list[list[list[float]]]
 """Of every step the chance that it uses each expert, [steps][layers][experts]."""
 
 CALIBRATION_BINS = 64
+LEAST_CHANCE = 0.005
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ def calibrated(fit: RoutingTrace, fitted: Tensor) -> Callable[[Tensor], Tensor]:
         return share[torch.searchsorted(edges.contiguous(), scores.contiguous())]
 
     return chances
+
+
+def joined(first: Scores, second: Scores, prior: Sequence[Sequence[float]]) -> Scores:
+    """Two predictions from different signs as one: their log-odds added, less those of ``prior``, which both hold."""
+
+    def odds(chances: Tensor) -> Tensor:
+        return chances.clamp(LEAST_CHANCE, 1 - LEAST_CHANCE).logit()
+
+    base = odds(torch.tensor(prior))
+    joint: Scores = torch.sigmoid(odds(torch.tensor(first)) + odds(torch.tensor(second)) - base).tolist()
+    return joint
 
 
 def oracle_scores(requests: Requests, experts: int) -> Scores:

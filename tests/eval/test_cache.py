@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from eval.cache.command import cache
 from eval.cache.contenders import Case, contenders, fit_for, predictions
 from eval.cache.measure import bound, verdicts
-from eval.cache.workload import WORKLOADS, Workload, affinity_scores, calibrated, oracle_scores, recall
+from eval.cache.workload import WORKLOADS, Workload, affinity_scores, calibrated, joined, oracle_scores, recall
 from expertflow_quant.offload.policies.affinity import fit_affinity
 from expertflow_quant.offload.simulator import Link, replay
 from expertflow_quant.offload.slots import LayerRecords
@@ -78,6 +78,12 @@ def test_affinity_knows_an_item_by_its_experts_and_the_oracle_everything():
     assert len(scores) == len(requests)
     assert recall(requests, scores, 4) > 0.85  # chance: a half; only the first token of an item is a surprise
     assert recall(requests, oracle_scores(requests, EXPERTS), TOP_K) == 1
+
+
+def test_joined_predictions_agree_or_cancel_and_an_uncertain_one_changes_nothing():
+    prior = [[0.2, 0.2, 0.2]]
+    joint = joined([[[0.2, 0.5, 0.8]]], [[[0.6, 0.5, 0.2]]], prior)
+    assert joint[0][0] == pytest.approx([0.6, 0.8, 0.8])
 
 
 @pytest.mark.parametrize("rows", [1, 4])

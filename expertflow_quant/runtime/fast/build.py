@@ -17,6 +17,7 @@ from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.staging import StagingRing
 from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime.experts import attached
+from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.fast.decode import BUCKETS, DecodeGraphs
 from expertflow_quant.runtime.fast.kv import KVRows
 from expertflow_quant.runtime.fast.lookahead import LookAhead, next_gate
@@ -146,7 +147,8 @@ def build_fast(
     prefill_tokens = max(options.prefill_tokens, options.room)
     runner = FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens, routes)
     if device.type == "cuda" and routes is None:
-        _warm(runner, options)
+        with passes.on_device(device):
+            _warm(runner, options)
         told("read prompts of several lengths once")
     runner.reset_stats()
     return runner

@@ -229,13 +229,14 @@ class DecodeGraphs:
         self.kv.lengths.zero_()
         if self.device.type != "cuda":
             return
-        pool = torch.cuda.graph_pool_handle()
-        for bucket in reversed(self.buckets):
-            if self.streams(bucket):
-                continue
-            self._capture(bucket, pool)
-            if on_bucket is not None:
-                on_bucket(bucket)
+        with passes.on_device(self.device):
+            pool = torch.cuda.graph_pool_handle()
+            for bucket in reversed(self.buckets):
+                if self.streams(bucket):
+                    continue
+                self._capture(bucket, pool)
+                if on_bucket is not None:
+                    on_bucket(bucket)
         self.kv.lengths.zero_()
 
     def streams(self, bucket: int) -> bool:

@@ -90,22 +90,31 @@ class FastRunner:
         cancellable: Cancellable | None = None,
     ) -> list[list[int]]:
         """See ``runner.Runner``: the batches' prompts are read one batch a pass and answered together."""
+        with passes.on_device(self.device), torch.inference_mode():
+            return self._run(batches, sampling, streamer, cancellable)
+
+    def _run(
+        self,
+        batches: Sequence[Prompts],
+        sampling: Sampling,
+        streamer: TokenQueue | None,
+        cancellable: Cancellable | None,
+    ) -> list[list[int]]:
         sampler = Sampler(sampling, self.device)
         if streamer is not None:
             streamer.put(batches[0].inputs["input_ids"])
         if self._broke_off:  # an expert may have been given a slot and its record never have come
             self.resident.preload()
         self._broke_off = True
-        with torch.inference_mode():
-            self.kv.lengths.zero_()
-            first = 0
-            for prompts in batches:
-                logits = self.prefill(prompts, first)
-                self.graphs.tokens[first : first + len(prompts), 0] = sampler.pick(logits)
-                first += len(prompts)
-            stop = StopTexts(self._tokenizer, sampling.stop, 0) if sampling.stop else None
-            answers = _Answers(self.graphs, first, self._end_ids, stop, streamer, cancellable)
-            rows = answers.finish(sampling, sampler)
+        self.kv.lengths.zero_()
+        first = 0
+        for prompts in batches:
+            logits = self.prefill(prompts, first)
+            self.graphs.tokens[first : first + len(prompts), 0] = sampler.pick(logits)
+            first += len(prompts)
+        stop = StopTexts(self._tokenizer, sampling.stop, 0) if sampling.stop else None
+        answers = _Answers(self.graphs, first, self._end_ids, stop, streamer, cancellable)
+        rows = answers.finish(sampling, sampler)
         self._broke_off = False
         return rows
 

@@ -7,7 +7,7 @@ can find it, for the thread that runs the model and only while it does.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,11 @@ def running(the_pass: Pass) -> Iterator[None]:
             yield
     finally:
         _current.running = before
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, this thread's current CUDA device is ``device``: Triton and graphs launch there, wherever tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def current() -> Pass | None:

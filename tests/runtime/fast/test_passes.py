@@ -1,10 +1,12 @@
 """A pass belongs to its thread, and attention belongs to a pass."""
 
+import contextlib
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.fast import CONVERSATIONS, load_fast
 
 from expertflow_quant import ExpertFlowError
 from expertflow_quant.runtime.fast import passes
@@ -24,6 +26,31 @@ class Recording:
 
 MODULE = SimpleNamespace(layer_idx=3)
 Q, K, V = torch.randn(3, 1, 2, 4, 16)
+
+
+def test_a_gpu_is_the_current_one_while_an_answer_is_made(folder_of, monkeypatch):
+    entered, seen = [], []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with passes.on_device(torch.device("cpu")):
+        assert not entered
+    with passes.on_device(torch.device("cuda:1")):
+        assert entered == [torch.device("cuda:1")]
+    engine = load_fast(folder_of("qwen3_moe"), "50%")
+    monkeypatch.setattr(passes, "on_device", device)
+    for owner, name in ((engine.runner, "prefill"), (engine.runner.graphs, "step")):
+        ours = getattr(owner, name)
+        spied = lambda *given, ours=ours: (seen.append(list(entered)), ours(*given))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name, spied)
+    list(engine.stream(CONVERSATIONS[0], 3))
+    assert seen == [[engine.device]] * 3
+    assert not entered
 
 
 def test_a_pass_is_there_for_its_thread_while_it_runs():

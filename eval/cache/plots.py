@@ -28,21 +28,22 @@ TRAINED = {"color": color_of(8), "marker": "v"}
 
 
 def cache_figure(results: Mapping[str, Any]) -> Figure:
-    """A row of panels for each arrangement, a column for each case; the curves share a legend."""
-    cases = results["cases"]
+    """A row of panels for each trace and arrangement, a column for each workload; one legend."""
+    cases = {(case["trace"], case["workload"]): case for case in results["cases"]}
+    rows = [(trace, slots) for trace in dict.fromkeys(trace for trace, _ in cases) for slots in SLOTS]
+    workloads = list(dict.fromkeys(workload for _, workload in cases))
     with plt.rc_context(STYLE):
-        size = (1.2 + 3.2 * len(cases), 7.2)
-        figure, axes = plt.subplots(2, len(cases), figsize=size, layout="constrained", squeeze=False, sharey="col")
-        for column, case in enumerate(cases):
-            for row, slots in enumerate(SLOTS):
-                draw_case(axes[row][column], case, slots, results["settings"]["budgets"])
-            axes[1][column].set_xlabel("resident share of the experts")
-        for row, name in enumerate(SLOTS.values()):
-            axes[row][0].set_ylabel(f"hit rate, {name}")
-        handles = {
-            name: handle for row in axes for each in row for handle, name in zip(*each.get_legend_handles_labels())
-        }
-        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4)
+        size = (1.4 + 3.4 * len(workloads), 1.2 + 2.7 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(workloads), figsize=size, layout="constrained", squeeze=False)
+        for row, (trace, slots) in enumerate(rows):
+            for column, workload in enumerate(workloads):
+                draw_case(axes[row][column], cases[trace, workload], slots, results["settings"]["budgets"])
+            axes[row][0].set_ylabel(f"hit rate\n{SLOTS[slots]}")
+        for panel in axes[-1]:
+            panel.set_xlabel("resident share of the experts")
+        panels = [panel.get_legend_handles_labels() for panel in axes.flat]
+        shown = {name: handle for handles, names in panels for handle, name in zip(handles, names, strict=True)}
+        figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=3)
         return figure
 
 

@@ -18,6 +18,7 @@ from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.trace import GENERATED, PROMPT_TEXT, RoutingTrace, batched_requests
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
+TRACES = Path(__file__).parents[2] / "calibration" / "traces"
 
 
 def make_trace(seed, items=6, task="charts"):
@@ -117,6 +118,32 @@ def test_a_trace_is_fitted_on_one_of_its_own_tasks():
     assert fit_for(documents, [charts, documents]) is documents
     with pytest.raises(ValueError, match="of the tasks documents"):
         fit_for(documents, [charts])
+
+
+@pytest.mark.parametrize("slots", ["shared", "layers"])
+@pytest.mark.parametrize("task", ["charts", "documents"])
+def test_on_the_shipped_models_routes_prediction_leads_lru_and_fetched_ahead_nears_belady(task, slots):
+    shared = slots == "shared"
+    made = Case(
+        WORKLOADS[0],
+        RoutingTrace.load(TRACES / f"{task}.safetensors"),
+        TRACES / f"{task}.safetensors",
+        RoutingTrace.load(TRACES / f"{task}-train.safetensors"),
+    )
+    requests, fitted = made.workload.requests(made.trace), made.workload.requests(made.fit)
+    compared = contenders(made, requests, fitted, predictions(made, requests, fitted))
+    chosen = {one.name: one for one in compared if one.predictor in (None, "affinity and token table")}
+    records = [LayerRecords((1,) * made.trace.num_experts, made.trace.top_k)] * made.trace.layers
+    for slots_in_all in (12, 24, 48):
+        hits = {
+            name: replay(
+                requests, records, slots_in_all, one.make, one.scores, slots=slots, link=Link(1, 1), ahead=one.ahead
+            ).hits
+            for name, one in chosen.items()
+        }
+        best = hits["Belady"] if shared else bound(requests, records, slots_in_all)
+        assert hits["LRU"] < hits["LFU, decayed"] < hits["predictive"] < best
+        assert hits["predictive + ahead"] > 0.9 * best
 
 
 def run(*arguments):

@@ -1,7 +1,8 @@
 """From a loaded model to a fast runner: probe it, share out the memory, place the experts, capture the graphs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,10 +40,10 @@ WARM_WIDTHS = (16, 256, 4096)
 
 @dataclass(frozen=True)
 class FastOptions:
-    """``rows``: most answers under way at once. ``room``: most tokens of a row, prompt and answer. ``prefill_tokens``:
-    most tokens of one pass over several prompts; a single prompt may fill its row. ``look_ahead``: "next-gate" fills
-    in what the router of the layer ``look_ahead_layers`` further on would want of the present hidden states; "off"
-    moves an expert when it is routed."""
+    """``rows``: most answers under way at once, rounded up to a captured batch size. ``room``: most tokens of a row,
+    prompt and answer. ``prefill_tokens``: most tokens of one pass over several prompts; a single prompt may fill its
+    row. ``look_ahead``: "next-gate" fills in what the router of the layer ``look_ahead_layers`` further on would want of
+    the present hidden states; "off" moves an expert when it is routed."""
 
     rows: int = 8
     room: int = 4096
@@ -143,15 +144,29 @@ def build_fast(
         ahead=make_ahead(findings) if make_ahead is not None else _ahead(model, options, device),
         compile_layers=options.compile_layers,
     )
-    graphs.capture(lambda bucket: told(f"captured a graph for {bucket} rows"))
     prefill_tokens = max(options.prefill_tokens, options.room)
     runner = FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens, routes)
-    if device.type == "cuda" and routes is None:
-        with passes.on_device(device):
-            _warm(runner, options)
-        told("read prompts of several lengths once")
+    with _refused_by_name(model):
+        graphs.capture(lambda bucket: told(f"captured a graph for {bucket} rows"))
+        if device.type == "cuda" and routes is None:
+            with passes.on_device(device):
+                _warm(runner, options)
+            told("read prompts of several lengths once")
     runner.reset_stats()
     return runner
+
+
+@contextmanager
+def _refused_by_name(model: Any) -> Iterator[None]:
+    """A model that cannot be compiled or captured, or a machine without a compiler, is no reason to fail where there is
+    another path; too little memory is."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FastPathError(f"{type(model).__name__} could not be compiled or captured: {reason}") from error
 
 
 def _refuse_records(store: ExpertStore) -> None:
@@ -174,7 +189,8 @@ def _ahead(model: Any, options: FastOptions, device: torch.device) -> LookAhead 
         return None
     names = {module: name for name, module in model.named_modules()}
     top_k = [layer.top_k for layer in model.expert_store.layers]
-    guess = next_gate(model, [names[module] for module in attached(model)], top_k)
+    widths = [layouts[0].shape.hidden for layouts in model.expert_store.layouts]
+    guess = next_gate(model, [names[module] for module in attached(model)], top_k, widths)
     return LookAhead(guess, options.look_ahead_layers, device)
 
 

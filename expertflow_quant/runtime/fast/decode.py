@@ -256,9 +256,10 @@ class DecodeGraphs:
 
     def compiled(self, rows: int | None) -> AbstractContextManager[None]:
         """See ``compiled.compiled``; nothing on the CPU, or where compiling was not wanted."""
-        if not self._compile or self.device.type != "cuda":
+        layers = getattr(self.model.get_decoder(), "layers", None)
+        if not self._compile or self.device.type != "cuda" or layers is None:
             return nullcontext()
-        return compiled(self.model.get_decoder().layers, rows)
+        return compiled(layers, rows)
 
     def logits(self, bucket: int) -> Tensor:
         """``[bucket, vocabulary]`` of the last step of that bucket; overwritten by the next step of any."""

@@ -33,16 +33,16 @@ class LookAhead:
         self.streams = _two_streams(device) if device.type == "cuda" else None
 
 
-def next_gate(model: Any, names: Sequence[str], top_k: Sequence[int]) -> Guess:
+def next_gate(model: Any, names: Sequence[str], top_k: Sequence[int], widths: Sequence[int]) -> Guess:
     """Later layers' routers applied to the present layer's hidden states: no training, about 84 to 90 % right for the
     next layer by what others report (Mixtral-offloading, Eliseev and Mazur 2023; Fate, Fang et al. 2025).
 
-    ``names`` are the experts modules' in model order, ``top_k`` how many a token uses in each. A router's
-    scores are its weight times the hidden states, plus its bias if it has one; what it does to them after that keeps
-    their order in most models, and where it does not the guess is only worse. Raises FastPathError for a router
-    without such a weight.
+    ``names`` are the experts modules' in model order, ``top_k`` how many a token uses in each, ``widths`` the sizes of
+    the hidden states that experts get. A router's scores are its weight times the hidden states, plus its bias if it has
+    one; what it does to them after that keeps their order in most models, and where it does not the guess is only
+    worse. Raises FastPathError for a router without such a weight, or one that reads something else.
     """
-    weights = [_gate(model, name) for name in names]
+    weights = [_gate(model, name, width) for name, width in zip(names, widths, strict=True)]
 
     def guess(layer: int, hidden: Tensor | None) -> Tensor | None:
         if hidden is None:
@@ -56,11 +56,14 @@ def next_gate(model: Any, names: Sequence[str], top_k: Sequence[int]) -> Guess:
     return guess
 
 
-def _gate(model: Any, name: str) -> tuple[Tensor, Tensor | None]:
+def _gate(model: Any, name: str, width: int) -> tuple[Tensor, Tensor | None]:
     router = find_router(model, name)
     weight = getattr(router, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise FastPathError(f"{name}: its router has no weight to look ahead with: use look_ahead='off'")
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != width:
+        raise FastPathError(
+            f"{name}: its router has no weight for the {width} hidden states that its experts get, to look ahead with: "
+            "use look_ahead='off'"
+        )
     bias = getattr(router, "bias", None)
     return weight, bias if isinstance(bias, Tensor) and bias.shape == weight.shape[:1] else None
 

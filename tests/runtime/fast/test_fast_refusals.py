@@ -15,6 +15,7 @@ from expertflow_quant import ExpertFlowError
 from expertflow_quant.models.seams import expert_modules
 from expertflow_quant.runtime import experts, loading
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast, share_expert_memory
+from expertflow_quant.runtime.fast.decode import DecodeGraphs
 from expertflow_quant.runtime.fast.probe import FastPathError, gate_of, probe, use_our_attention
 
 
@@ -233,3 +234,19 @@ def test_expert_memory_is_shared_within_the_budget(folder_of):
         assert shared.ring_slots >= 2
         assert shared.ring_slots % shared.chunk == 0
     assert share_expert_memory(layers, total).slot_bytes == total
+
+
+def test_what_cannot_be_captured_is_refused_by_name_but_want_of_memory_is_not(folder_of, monkeypatch):
+    def broken(self, on_bucket=None):
+        raise RuntimeError("no C compiler\nand much more")
+
+    monkeypatch.setattr(DecodeGraphs, "capture", broken)
+    with pytest.raises(FastPathError, match=r"could not be compiled or captured: no C compiler$"):
+        load_fast(folder_of("qwen3_moe"))
+
+    def full(self, on_bucket=None):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(DecodeGraphs, "capture", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_fast(folder_of("qwen3_moe"))

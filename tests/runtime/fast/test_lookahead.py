@@ -36,7 +36,7 @@ def test_tokens_are_the_same_and_bytes_move_early(family, folder_of):
 
 def test_a_guess_is_what_that_router_would_choose(folder_of):
     model = load_fast(folder_of(FAMILY)).model
-    guess = next_gate(model, names_of(model), [2, 2])
+    guess = next_gate(model, names_of(model), [2, 2], [64, 64])
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     for layer, name in enumerate(names_of(model)):
         _, _, chosen = find_router(model, name)(hidden)
@@ -104,5 +104,5 @@ def test_bad_settings_are_refused(folder_of):
         LookAhead(lambda layer, hidden: None, 0, torch.device("cpu"))
     model = load_fast(folder_of(FAMILY)).model
     del find_router(model, names_of(model)[1])._parameters["weight"]
-    with pytest.raises(FastPathError, match="no weight to look ahead with"):
-        next_gate(model, names_of(model), [2, 2])
+    with pytest.raises(FastPathError, match="no weight for the 64 hidden states"):
+        next_gate(model, names_of(model), [2, 2], [64, 64])

@@ -38,8 +38,8 @@ def next_gate(model: Any, names: Sequence[str], top_k: Sequence[int], widths: Se
     next layer by what others report (Mixtral-offloading, Eliseev and Mazur 2023; Fate, Fang et al. 2025).
 
     ``names`` are the experts modules' in model order, ``top_k`` how many a token uses in each, ``widths`` the sizes of
-    the hidden states that experts get. A router's scores are its weight times the hidden states, plus its bias if it has
-    one; what it does to them after that keeps their order in most models, and where it does not the guess is only
+    the hidden states that experts get. A router's scores are its weight times the hidden states, plus its bias if it
+    has one; what it does to them after that keeps their order in most models, and where it does not the guess is only
     worse. Raises FastPathError for a router without such a weight, or one that reads something else.
     """
     weights = [_gate(model, name, width) for name, width in zip(names, widths, strict=True)]

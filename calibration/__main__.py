@@ -12,6 +12,7 @@ from rich.table import Table
 
 from calibration.measure import measure_errors, weights_digest
 from calibration.plan import Choice, ExpertErrors, choose, errors_from_json, errors_to_json
+from calibration.plan_options import JointOptions, plan_jointly
 from calibration.predictor.commands import predictor, sight
 from calibration.trace_command import trace
 from expertflow_quant.formats import ExpertFlowError, Format
@@ -41,11 +42,34 @@ def plan(
     samples: Annotated[int, typer.Option(min=1, help="generated calibration items")] = 64,
     scales: Annotated[str, typer.Option(help="how a group's range is found: absmax or mse")] = "absmax",
     errors: Annotated[Path | None, typer.Option(help="keep, or reuse, the measured errors")] = None,
+    traces: Annotated[list[Path] | None, typer.Option("--trace", help="recorded: plan slots and link time too")] = None,
+    held_out: Annotated[list[Path] | None, typer.Option(help="recorded: compare plans on these")] = None,
+    expert_memory: Annotated[str, typer.Option(help="with --trace: device bytes for experts")] = "25%",
+    link_weight: Annotated[float, typer.Option(min=0, help="worth of link time; damage has 1")] = 1.0,
+    damage_share: Annotated[float, typer.Option(min=0, help="most damage, of that of one format for all")] = 1.0,
+    link: Annotated[float, typer.Option(min=0.001, help="GB/s to the device")] = 25.0,
+    rows: Annotated[int, typer.Option(min=1, help="requests of a trace answered together")] = 1,
+    time_limit: Annotated[float, typer.Option(min=1, help="seconds for the integer program")] = 20.0,
+    results: Annotated[Path | None, typer.Option(help="slots and comparison [default: beside the plan]")] = None,
 ) -> None:
-    """A format for every expert: least damage at an average number of bits (for quantize --plan)."""
+    """A format for every expert: least damage at an average number of bits (for quantize --plan).
+
+    With --trace also the slots of every layer: least damage and expected link time together, in no more bytes than one
+    format of --average-bits for all.
+    """
     try:
         choices = [Format.parse(name.strip()) for name in formats.split(",")]
         measured = _measured(model, choices, samples, _scale_rule(scales), errors)
+        if traces:
+            options = JointOptions(
+                traces, held_out or [], expert_memory, link_weight, damage_share, link, rows, time_limit
+            )
+            decided, found = plan_jointly(model, measured, choices, average_bits, options, console)
+            _write(output, decided)
+            beside = results or output.with_suffix(".slots.json")
+            _write(beside, found)
+            console.print(f"formats: {output}; slots and comparison: {beside}", highlight=False)
+            return
         choice = choose(measured, average_bits)
     except ExpertFlowError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)

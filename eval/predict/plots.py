@@ -65,7 +65,7 @@ def _draw_misses(axes: Axes, shown: dict[str, Any], task: str, resident: float) 
                 color=color_of(index),
                 label=name,
             )
-    axes.set_xlabel("precision: used share of the experts that are prefetched (k, 1.5k, 2k of those not resident)")
+    axes.set_xlabel("precision: used share of what is prefetched (k, 1.5k, 2k experts)")
     axes.set_ylabel("recall of missed experts")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))

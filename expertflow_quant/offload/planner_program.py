@@ -71,10 +71,10 @@ def best_prices(cuts: Sequence[tuple[list[float], list[list[float]]]], scale: fl
 
 
 def solve_formats(
-    choices: Choices, allowance: Allowance, kept: Kept, *, gap: float, time_limit: float
+    choices: Choices, allowance: Allowance, kept: Kept, *, gap: float, time_limit: float, whole_slots: bool = True
 ) -> Solution | None:
     """The best plan among the ``kept`` choices, or the best found within ``time_limit`` seconds; None when there is
-    none."""
+    none. Without ``whole_slots`` a pool may have a part of a slot, which is solved much sooner."""
     layers, _, formats, _ = choices.value.shape
     picks: list[list[int]] = kept.mask.nonzero().tolist()
     pairs: list[list[int]] = kept.slots.nonzero().tolist()
@@ -95,7 +95,7 @@ def solve_formats(
     most = [1.0] * pool_column + [float(choices.damage.shape[1])] * len(pools)
     found = optimize.milp(
         (value / scale).tolist() + [0.0] * (columns - len(picks)),
-        integrality=[1] * columns,
+        integrality=[1] * pool_column + [int(whole_slots)] * len(pools),
         bounds=optimize.Bounds(0.0, most),
         constraints=rows.constraint(columns),
         options={"mip_rel_gap": gap, "time_limit": time_limit},

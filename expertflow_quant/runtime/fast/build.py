@@ -42,8 +42,8 @@ WARM_WIDTHS = (16, 256, 4096)
 class FastOptions:
     """``rows``: most answers under way at once, rounded up to a captured batch size. ``room``: most tokens of a row,
     prompt and answer. ``prefill_tokens``: most tokens of one pass over several prompts; a single prompt may fill its
-    row. ``look_ahead``: "next-gate" fills in what the router of the layer ``look_ahead_layers`` further on would want of
-    the present hidden states; "off" moves an expert when it is routed."""
+    row. ``look_ahead``: "next-gate" fills in what the router of the layer ``look_ahead_layers`` further on would want
+    of the present hidden states; "off" moves an expert when it is routed."""
 
     rows: int = 8
     room: int = 4096

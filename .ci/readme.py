@@ -31,6 +31,8 @@ DESCRIPTIONS = {
     "setup.cfg": "Metadata, dependencies, settings of pytest, mypy and the import floors",
     "calibration/shipped/moe/": "The shipped Qwen3-VL-MoE, an ordinary transformers folder",
     "calibration/shipped/dense/": "Its dense twin, likewise",
+    "calibration/predictor/shipped/": "Predictors of the shipped model's routes, trained on charts, documents or both",
+    "calibration/traces/": "Routes of the shipped model on both tasks, held out and for fitting",
     "expertflow_quant/": "The library; alone in the wheel",
     "expertflow_quant/offload/": "Experts' memory: a store on the host, slots on the device, a policy",
     "expertflow_quant/runtime/": "Load and run: the engine, its answers, its place in transformers",

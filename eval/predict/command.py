@@ -5,7 +5,10 @@ The committed figures come from
 
     python -m eval predict calibration/traces/charts.safetensors calibration/traces/documents.safetensors \\
         --fit calibration/traces/charts-train.safetensors --fit calibration/traces/documents-train.safetensors \\
-        --learned calibration/predictor/shipped/pictures --learned calibration/predictor/shipped/ids
+        --learned calibration/predictor/shipped/pictures --learned calibration/predictor/shipped/ids \\
+        --learned calibration/predictor/shipped/charts --learned calibration/predictor/shipped/documents
+
+with the traces' sights beside them, as calibration/predictor/README.md records them.
 """
 
 import sys

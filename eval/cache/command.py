@@ -16,7 +16,8 @@ from eval.plots import save
 from eval.provenance import provenance, short_path
 from eval.report import make_console, write_json
 from expertflow_quant.formats import ExpertFlowError
-from expertflow_quant.offload.simulator import THRESHOLD, Link
+from expertflow_quant.offload.ahead import THRESHOLD
+from expertflow_quant.offload.simulator import Link
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.trace import RoutingTrace
 

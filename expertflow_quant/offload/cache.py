@@ -5,14 +5,15 @@ A record's bytes are the same in the store and in a slot, so a miss is one copy.
 never decided here.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from expertflow_quant.offload.ahead import FetchAhead
 from expertflow_quant.offload.copies import make_copies
-from expertflow_quant.offload.policy import LRU, Key, Policy
-from expertflow_quant.offload.slots import ExpertTable, SizeClass, minimum_bytes, plan_slots
+from expertflow_quant.offload.policy import LRU, Key, Policy, Progress
+from expertflow_quant.offload.slots import ExpertTable, Placement, SizeClass, plan_slots
 from expertflow_quant.offload.stats import CacheStats, LayerStats
 from expertflow_quant.offload.store import ExpertStore
 
@@ -23,8 +24,10 @@ Place = tuple[int, int]
 class ExpertCache:
     """Slots on ``device`` worth at most ``budget_bytes``, over the records of ``store``.
 
-    ``policy`` makes one policy per size class. Raises BudgetError, before anything is allocated, when the
-    budget is below ``minimum_bytes``. One thread at a time.
+    ``policy`` makes one policy per size class; they watch ``progress``, which ``begin_layer`` moves on. ``classes``:
+    the slots, by default those that all layers share; ``ahead``: records that may be fetched beside each layer's
+    computation, if a step's scores expect them. Raises BudgetError, before anything is allocated, when the budget is
+    below ``minimum_bytes``. One thread at a time.
     """
 
     def __init__(
@@ -33,10 +36,17 @@ class ExpertCache:
         budget_bytes: int,
         device: torch.device | str = "cpu",
         policy: Callable[[], Policy] = LRU,
+        progress: Progress | None = None,
+        classes: Sequence[SizeClass] | None = None,
+        ahead: float = 0.0,
     ) -> None:
         self.store = store
-        self.minimum_bytes = minimum_bytes(store.layers)
-        self._table = ExpertTable(store.layers, plan_slots(store.layers, budget_bytes), policy)
+        self.progress = progress or Progress([len(layer.nbytes) for layer in store.layers])
+        shared = plan_slots(store.layers, budget_bytes) if classes is None else classes
+        self.minimum_bytes = sum(size.nbytes * size.minimum for size in shared)
+        self._table = ExpertTable(store.layers, shared, policy)
+        largest = max(max(layer.nbytes) for layer in store.layers)
+        self._ahead = FetchAhead(store.layers, self.progress, ahead * largest)
         self._slots = [list(_buffer(size, device).unbind()) for size in self.classes]
         self.device = self._slots[0][0].device
         self._place_of: dict[Key, Place] = {}
@@ -60,13 +70,15 @@ class ExpertCache:
     @property
     def stats(self) -> CacheStats:
         layers = tuple(LayerStats(*counts) for counts in zip(self._hits, self._misses, strict=True))
-        return CacheStats(sum(self._hits), sum(self._misses), self._moved, self._copies.stall_seconds(), layers)
+        ahead = self._ahead.moved - self._ahead_before
+        moved = self._moved + ahead
+        return CacheStats(sum(self._hits), sum(self._misses), moved, self._copies.stall_seconds(), layers, ahead)
 
     def reset_stats(self) -> None:
         """Count from zero again; what is resident stays."""
         self._hits = [0] * len(self.store.layers)
         self._misses = [0] * len(self.store.layers)
-        self._moved = 0
+        self._moved, self._ahead_before = 0, self._ahead.moved
         self._copies.reset()
 
     def is_resident(self, layer: int, expert: int) -> bool:
@@ -88,6 +100,17 @@ class ExpertCache:
                     self._load((layer, expert), ())
                     self.finish(layer, expert)
         self._copies.reset()
+
+    def begin_layer(self, layer: int, experts: Collection[int]) -> None:
+        """``layer`` is about to ask for these distinct experts; one that is not further on begins a new step."""
+        if layer <= self.progress.layer or self.progress.step < 0:
+            self.progress.begin_step()
+        self.progress.begin_layer(layer, experts)
+
+    def fetch_ahead(self, experts: Collection[int]) -> None:
+        """Start copies of what later layers are expected to want: the present one has asked for ``experts``, all that
+        it needs, and computes next."""
+        self._ahead.after(experts, self._offer)
 
     def begin(self, layer: int, expert: int, in_use: Collection[Key] = ()) -> None:
         """Ask for an expert: a miss starts its copy; experts in ``in_use`` keep their slots.
@@ -128,8 +151,17 @@ class ExpertCache:
     def _load(self, key: Key, in_use: Collection[Key]) -> bool:
         """Make ``key`` resident or on its way; whether a copy was needed."""
         placement = self._table.place(key, in_use)
-        if placement.hit:
-            return False
+        if not placement.hit:
+            self._fill(key, placement)
+        return not placement.hit
+
+    def _offer(self, layer: int, expert: int, in_use: Collection[Key]) -> bool:
+        placement = self._table.offer((layer, expert), in_use)
+        if placement is not None:
+            self._fill((layer, expert), placement)
+        return placement is not None
+
+    def _fill(self, key: Key, placement: Placement) -> None:
         if placement.evicted is not None:
             self._copies.forget(placement.evicted)
             del self._place_of[placement.evicted]
@@ -140,7 +172,6 @@ class ExpertCache:
             self._table.drop(key)
             raise
         self._place_of[key] = (placement.size_class, placement.slot)
-        return True
 
 
 def _buffer(size: SizeClass, device: torch.device | str) -> Tensor:

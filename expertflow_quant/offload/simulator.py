@@ -9,15 +9,14 @@ from itertools import chain, repeat
 from typing import Literal
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.offload.policy import Key, Policy, Progress, Scores
+from expertflow_quant.offload.ahead import THRESHOLD, FetchAhead
+from expertflow_quant.offload.policy import Policy, Progress, Scores
 from expertflow_quant.offload.pools import Arrangement, LayerPools, SharedPools
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.stats import LayerStats
 
 Slots = Literal["shared", "layers"]
 """``shared``: ExpertCache's pools over all layers. ``layers``: ResidentExperts' pools of each layer."""
-
-THRESHOLD = 0.1
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,8 @@ def replay(
     arrangement = (SharedPools if slots == "shared" else LayerPools)(layers, budget_bytes, policy)
     if preload:
         arrangement.preload()
-    run = _Run(layers, progress, arrangement, link if ahead else None, threshold)
+    bytes_ahead = link.bytes_ahead if link is not None and ahead else 0.0
+    run = _Run(layers, progress, arrangement, FetchAhead(layers, progress, bytes_ahead, threshold))
     known, passing = chain(predictions or (), repeat(None)), chain(streamed or (), repeat(False))
     for step, scores, is_streamed in zip(requests, known, passing, strict=False):
         run.step(step, scores, is_streamed)
@@ -111,52 +111,28 @@ def replay(
 
 class _Run:
     def __init__(
-        self,
-        layers: Sequence[LayerRecords],
-        progress: Progress,
-        arrangement: Arrangement,
-        link: Link | None,
-        threshold: float,
+        self, layers: Sequence[LayerRecords], progress: Progress, arrangement: Arrangement, ahead: FetchAhead
     ) -> None:
-        self._layers, self._progress, self._arrangement = layers, progress, arrangement
-        self._bytes_ahead, self._threshold = link.bytes_ahead if link else 0.0, threshold
+        self._layers, self._progress, self._arrangement, self._ahead = layers, progress, arrangement, ahead
         self._hits, self._misses = [0] * len(layers), [0] * len(layers)
-        self._missed = self._fetched = 0
+        self._missed = 0
 
     def step(self, wanted: Sequence[Collection[int]], scores: Scores | None, streamed: bool) -> None:
         if len(wanted) != len(self._layers):
             raise ExpertFlowError(f"a step of {len(wanted)} layers, the model has {len(self._layers)}: record it again")
         self._progress.begin_step(scores)
-        credit, fetched = 0.0, set[Key]()
         for layer, experts in enumerate(wanted):
             if streamed:
                 self._count(layer, experts, self._arrangement.missing(layer, experts))
                 continue
             self._progress.begin_layer(layer, experts)
             self._count(layer, experts, self._arrangement.request(layer, experts))
-            if scores is not None and self._bytes_ahead:
-                in_use = {(layer, expert) for expert in experts} | fetched
-                credit = self._fetch_ahead(scores, credit + self._bytes_ahead, in_use, fetched)
+            self._ahead.after(experts, self._arrangement.offer)
 
     def _count(self, layer: int, experts: Collection[int], missing: Sequence[int]) -> None:
         self._misses[layer] += len(missing)
         self._hits[layer] += len(experts) - len(missing)
         self._missed += sum(self._layers[layer].nbytes[expert] for expert in missing)
-
-    def _fetch_ahead(self, scores: Scores, credit: float, in_use: set[Key], fetched: set[Key]) -> float:
-        """Bytes left of ``credit`` for a record that is under way; what is not used is lost."""
-        for layer in range(self._progress.layer + 1, len(self._layers)):
-            likely = [(-score, expert) for expert, score in enumerate(scores[layer]) if score >= self._threshold]
-            for _, expert in sorted(likely):
-                nbytes = self._layers[layer].nbytes[expert]
-                if nbytes > credit:
-                    return credit
-                if self._arrangement.offer(layer, expert, in_use):
-                    in_use.add((layer, expert))
-                    fetched.add((layer, expert))
-                    self._fetched += nbytes
-                    credit -= nbytes
-        return 0.0
 
     def result(self, link: Link | None) -> Replay:
         steps = self._progress.step + 1
@@ -164,4 +140,4 @@ class _Run:
         if link is not None:
             seconds = steps * len(self._layers) * link.layer_seconds + self._missed / link.bytes_per_second
         layers = tuple(LayerStats(*counts) for counts in zip(self._hits, self._misses, strict=True))
-        return Replay(layers, self._missed, self._fetched, steps, seconds)
+        return Replay(layers, self._missed, self._ahead.moved, steps, seconds)

@@ -29,12 +29,14 @@ class LayerRecords:
 
 @dataclass(frozen=True)
 class SizeClass:
-    """Slots for records of ``nbytes``: how many there are, for how many records, and how few would do."""
+    """Slots for records of ``nbytes``: how many there are, for how many records, and how few would do; ``layer``: the
+    only layer that they serve, None for all."""
 
     nbytes: int
     records: int
     minimum: int
     slots: int
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.slots <= self.records:
@@ -183,9 +185,12 @@ class ExpertTable:
     def __init__(
         self, layers: Sequence[LayerRecords], classes: Sequence[SizeClass], policy: Callable[[], Policy]
     ) -> None:
-        index_of = {size.nbytes: index for index, size in enumerate(classes)}
+        index_of = {(size.layer, size.nbytes): index for index, size in enumerate(classes)}
+        own = {size.layer for size in classes} - {None}
         self.classes = tuple(classes)
-        self._class_of = [[index_of[nbytes] for nbytes in layer.nbytes] for layer in layers]
+        self._class_of = [
+            [index_of[at if at in own else None, nbytes] for nbytes in layer.nbytes] for at, layer in enumerate(layers)
+        ]
         self._tables = [SlotTable(size.slots, policy()) for size in classes]
 
     def __contains__(self, key: Key) -> bool:

@@ -18,14 +18,16 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counts since the last reset. ``bytes_moved``: record bytes copied into slots; ``stall_seconds``: time
-    that the computation waited for them; ``layers``: the same requests by MoE layer, in model order."""
+    """Counts since the last reset. ``bytes_moved``: record bytes copied into slots, ``ahead_bytes`` of them before they
+    were asked for; ``stall_seconds``: time that the computation waited for them; ``layers``: the same requests by MoE
+    layer, in model order."""
 
     hits: int = 0
     misses: int = 0
     bytes_moved: int = 0
     stall_seconds: float = 0.0
     layers: tuple[LayerStats, ...] = field(default=())
+    ahead_bytes: int = 0
 
     @property
     def requests(self) -> int:

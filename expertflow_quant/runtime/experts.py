@@ -70,11 +70,15 @@ def fetch(experts: LayerExperts, wanted: Iterable[int]) -> Iterator[tuple[int, d
 
     The fields are valid until the next expert is asked for.
     """
-    cache, layer = cache_of(experts), experts.layer
-    for piece in cache.pieces(layer, wanted):
+    cache, layer, asked = cache_of(experts), experts.layer, list(wanted)
+    cache.begin_layer(layer, asked)
+    pieces = cache.pieces(layer, asked)
+    for place, piece in enumerate(pieces, 1):
         in_use = {(layer, expert) for expert in piece}
         for expert in piece:
             cache.begin(layer, expert, in_use)
+        if place == len(pieces):
+            cache.fetch_ahead(asked)
         for expert in piece:
             yield expert, cache.finish_views(layer, expert)
 

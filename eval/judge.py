@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from eval.endpoint import Endpoint, EndpointEngine
 from eval.metrics import METRICS_VERSION
 from eval.provenance import device_name, model_fingerprint, short_path, versions
 from eval.records import ItemResult, ResultsFile, read_results
@@ -24,7 +25,8 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class System:
-    """A model to be judged: a checkpoint of ours under an expert memory, or any plain transformers model.
+    """A model to be judged: a checkpoint of ours under an expert memory, any plain transformers model, or, where
+    there is an ``endpoint``, whatever answers there (then ``path`` is only a name).
 
     ``name`` is the stem of its files, ``label`` what tables call it.
     """
@@ -33,11 +35,19 @@ class System:
     label: str
     path: Path
     expert_memory: str = "100%"
+    endpoint: Endpoint | None = None
 
     @property
     def is_checkpoint(self) -> bool:
         """Whether its experts are offloaded; a plain model has everything on the device."""
-        return (self.path / MANIFEST).is_file()
+        return self.endpoint is None and (self.path / MANIFEST).is_file()
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this model from another: a digest of its files, or the address and the name there."""
+        if self.endpoint is not None:
+            return f"{self.endpoint.model or 'first model'} at {self.endpoint.url}"
+        return model_fingerprint(self.path)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Judgement:
         return {
             "name": self.system.name,
             "label": self.system.label,
-            "path": short_path(self.system.path),
+            "path": self.system.endpoint.url if self.system.endpoint else short_path(self.system.path),
             "expert_memory": self.system.expert_memory if self.system.is_checkpoint else None,
             "expert_bytes": self.expert_bytes,
             "device_expert_bytes": self.device_expert_bytes,
@@ -136,9 +146,11 @@ class Comparison:
 
 
 def open_engine(system: System, device: str) -> Answerer:
-    """Load a system with the library."""
+    """Load a system with the library, or connect to its endpoint."""
     import expertflow_quant
 
+    if system.endpoint is not None:
+        return EndpointEngine(system.endpoint)
     if system.is_checkpoint:
         return expertflow_quant.load(system.path, expert_memory=system.expert_memory, device=device)
     return expertflow_quant.Engine.from_plain(system.path, device=device)
@@ -171,7 +183,7 @@ def judge(
 def expert_costs(engine: Any, system: System) -> dict[str, Any]:
     """Bytes of all experts as they are stored, and of those on the device as they are loaded."""
     stored, loaded = int(engine.expert_bytes), int(engine.device_expert_bytes)
-    if not system.is_checkpoint:
+    if not system.is_checkpoint and system.endpoint is None:
         config = json.loads((system.path / "config.json").read_text(encoding="utf-8"))
         own = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
         if own and (now := getattr(getattr(engine, "model", None), "dtype", None)):
@@ -190,12 +202,12 @@ def settings_of(system: System, tasks: Sequence[Task], batch_size: int, device: 
     """Everything that can change an answer or a score; results of different settings never mix in one
     file."""
     return {
-        "model": model_fingerprint(system.path),
+        "model": system.fingerprint,
         "expert_memory": system.expert_memory if system.is_checkpoint else None,
         "items": {task.name: len(task.items) for task in tasks},
         "tasks": [task.description for task in tasks],
         "batch_size": batch_size,
-        "device": device_name(device),
+        "device": None if system.endpoint else device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "metrics_version": METRICS_VERSION,

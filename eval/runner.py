@@ -2,7 +2,8 @@
 
 Batches are fixed because padding reaches the last bits of a sum: two systems are compared on the same
 batches. An item that fails scores 0 with its error in the record; it is never dropped, or a system that
-crashes on hard items would win.
+crashes on hard items would win. A row of the data that is damaged fails before it reaches the engine, so it
+changes nothing for the others of its batch.
 """
 
 import time
@@ -24,6 +25,14 @@ from rich.text import Text
 
 from eval.records import ItemResult, ResultsFile
 from eval.tasks import Task, TaskItem
+from expertflow_quant.formats import ExpertFlowError
+
+Conversation = list[dict[str, Any]]
+
+
+class EngineLostError(ExpertFlowError):
+    """Nobody answers any more: the run ends, since what was not asked is no failure of the items; the message says how
+    to go on."""
 
 
 class Generated(Protocol):
@@ -40,9 +49,12 @@ class Generated(Protocol):
 
 
 class Answerer(Protocol):
-    """What the runner needs of an engine: one conversation in, one answer out, in order."""
+    """What the runner needs of an engine: one conversation in, one answer (or the error in its place) out, in
+    order."""
 
-    def generate(self, conversations: list[list[dict[str, Any]]], max_new_tokens: int = 32) -> Sequence[Generated]: ...
+    def generate(
+        self, conversations: list[list[dict[str, Any]]], max_new_tokens: int = 32
+    ) -> Sequence[Generated | Exception]: ...
 
 
 @dataclass(frozen=True)
@@ -95,12 +107,12 @@ def run_tasks(
 def answer_batch(engine: Answerer, batch: Batch) -> list[ItemResult]:
     """Ask one batch; if it fails as a whole, its items one by one, so that one bad item costs only itself."""
     start = time.perf_counter()
-    try:
-        answers: list[Generated | Exception] = list(_ask(engine, batch.items))
-    except Exception as failure:
-        answers = [failure] if len(batch.items) == 1 else [_ask_one(engine, item) for item in batch.items]
+    prepared = [_prepared(item) for item in batch.items]
+    asked = [messages for messages in prepared if not isinstance(messages, Exception)]
+    answers = iter(_answered(engine, asked, batch.items[0].max_new_tokens))
+    outcomes = [messages if isinstance(messages, Exception) else next(answers) for messages in prepared]
     seconds = (time.perf_counter() - start) / len(batch.items)
-    return [_scored(batch.task, *pair, seconds) for pair in zip(batch.items, answers, strict=True)]
+    return [_scored(batch.task, *pair, seconds) for pair in zip(batch.items, outcomes, strict=True)]
 
 
 def cache_counters(engine: Answerer) -> dict[str, float]:
@@ -126,16 +138,34 @@ class _Rate(ProgressColumn):
         return Text(f"{rate:5.1f} items/s" if done else "    - items/s")
 
 
-def _ask(engine: Answerer, items: Sequence[TaskItem]) -> Sequence[Generated]:
-    answers = engine.generate([item.messages for item in items], max_new_tokens=items[0].max_new_tokens)
-    if len(answers) != len(items):
-        raise RuntimeError(f"the engine gave {len(answers)} answers to {len(items)} conversations")
+def _prepared(item: TaskItem) -> Conversation | Exception:
+    try:
+        return item.messages
+    except Exception as damage:
+        return damage
+
+
+def _answered(engine: Answerer, asked: list[Conversation], limit: int) -> Sequence[Generated | Exception]:
+    if not asked:
+        return []
+    try:
+        return _ask(engine, asked, limit)
+    except EngineLostError:
+        raise
+    except Exception as failure:
+        return [failure] if len(asked) == 1 else [_ask_one(engine, messages, limit) for messages in asked]
+
+
+def _ask(engine: Answerer, asked: list[Conversation], limit: int) -> Sequence[Generated | Exception]:
+    answers = engine.generate(asked, max_new_tokens=limit)
+    if len(answers) != len(asked):
+        raise RuntimeError(f"the engine gave {len(answers)} answers to {len(asked)} conversations")
     return answers
 
 
-def _ask_one(engine: Answerer, item: TaskItem) -> Generated | Exception:
+def _ask_one(engine: Answerer, messages: Conversation, limit: int) -> Generated | Exception:
     try:
-        return _ask(engine, [item])[0]
+        return _ask(engine, [messages], limit)[0]
     except Exception as failure:
         return failure
 

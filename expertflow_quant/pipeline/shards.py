@@ -1,11 +1,16 @@
 """A model folder's safetensors shards: which tensors there are, and any one of them, or one slice, read
-lazily."""
+lazily.
 
+Files are read, not mapped: the pages of a mapping count as the process's memory until it is closed, so that
+reading a model through one would look, to a limit on memory, as if all of it were held.
+"""
+
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expertflow_quant.checkpoint.errors import CheckpointError
@@ -18,12 +23,12 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Shards:
-    """The tensors of one model folder, memory-mapped. Raises CheckpointError naming a shard that cannot be
-    read."""
+    """The tensors of one model folder. Raises CheckpointError naming a shard that cannot be read."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, BinaryIO] = {}
+        self._lock = threading.Lock()
         self._file_of: dict[str, Path] = {}
         self._places: dict[str, TensorPlace] = {}
         for path in self._files():
@@ -56,22 +61,51 @@ class Shards:
 
     def read(self, key: str, index: int | None = None) -> Tensor:
         """A whole tensor, or the slice ``[index : index + 1]`` of its first dimension, on the CPU as it is
-        stored."""
-        path = self._file_of[key]
-        try:
-            if path not in self._open:
-                self._open[path] = safe_open(str(path), framework="pt")
-            if index is None:
-                tensor: Tensor = self._open[path].get_tensor(key)
-                return tensor
-            part: Tensor = self._open[path].get_slice(key)[index : index + 1]
-            return part
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {key} from {path}: {error}: download the file again") from error
+        stored. Raises CheckpointError naming tensor and file where the file ends early or cannot be read."""
+        if index is not None:
+            return self.read_rows(key, [index])
+        place = self._places[key]
+        data = torch.empty(place.nbytes, dtype=torch.uint8)
+        self._fill(data, key, place.offset)
+        return data.view(self.dtype(key)).view(place.shape)
+
+    def read_rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Some entries of a tensor's first dimension, in the given order: ``[len(rows), ...]``."""
+        place = self._places[key]
+        each = place.nbytes // max(place.shape[0], 1)
+        data = torch.empty(len(rows), each, dtype=torch.uint8)
+        for row, at in zip(data, rows, strict=True):
+            if not 0 <= at < place.shape[0]:
+                raise CheckpointError(f"{key} has {place.shape[0]} entries, not one {at}: correct config.json")
+            self._fill(row, key, place.offset + at * each)
+        return data.view(-1).view(self.dtype(key)).view(len(rows), *place.shape[1:])
 
     def close(self) -> None:
-        """Lets go of the mappings; they are made again when they are needed."""
-        self._open.clear()
+        """Closes the files; they are opened again when they are needed."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _fill(self, data: Tensor, key: str, offset: int) -> None:
+        """Reads ``data`` (uint8, contiguous) from the file that holds ``key``."""
+        path = self._file_of[key]
+        left = memoryview(data.numpy().data) if data.numel() else memoryview(b"")
+        try:
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = open(path, "rb", buffering=0)
+                self._open[path].seek(offset)
+                while got := self._open[path].readinto(left):  # type: ignore[attr-defined]  # unbuffered
+                    left = left[got:]
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {key} from {path}: {error.strerror or error}: check the disk or download the file "
+                f"again; what is finished stays, and the same command goes on from there"
+            ) from error
+        if len(left):
+            raise CheckpointError(
+                f"cannot read {key} from {path}: the file ends {len(left)} bytes early: download it again; what is "
+                f"finished stays, and the same command goes on from there"
+            )
 
     def _files(self) -> list[Path]:
         index = self.folder / WEIGHTS_INDEX

@@ -1,0 +1,1 @@
+"""How much memory quantizing a model takes that is larger than memory."""

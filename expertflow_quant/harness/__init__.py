@@ -1,0 +1,1 @@
+"""Our models in evaluation harnesses that others wrote."""

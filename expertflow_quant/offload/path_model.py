@@ -73,15 +73,25 @@ class PathModel(nn.Module):
 
     def forward(self, batch: PathBatch) -> tuple[Tensor, Tensor]:
         """Logits float [B, P, L, E] of prompt tokens and [B, G, L, E] of generated ones."""
-        shape = (self.sizes.layers, self.sizes.experts)
-        memory = self.encoder(self._prompt(batch), src_key_padding_mask=~batch.prompt_real)
-        prompt = self.head(memory).unflatten(-1, shape)
+        memory = self.read(batch)
+        return self.of_states(memory), self.of_answers(batch, memory)
+
+    def read(self, batch: PathBatch) -> Tensor:
+        """The encoder's states [B, P, width] of the prompts."""
+        states: Tensor = self.encoder(self._prompt(batch), src_key_padding_mask=~batch.prompt_real)
+        return states
+
+    def of_states(self, states: Tensor) -> Tensor:
+        """Logits [..., L, E] of states [..., width]."""
+        return self.head(states).unflatten(-1, (self.sizes.layers, self.sizes.experts))
+
+    def of_answers(self, batch: PathBatch, memory: Tensor) -> Tensor:
+        """Logits [B, G, L, E] of the generated tokens, given what ``read`` made of the prompts."""
         if not batch.answer.shape[1]:
-            return prompt, self.head(memory[:, :0]).unflatten(-1, shape)
+            return self.of_states(memory[:, :0])
         states = self._answer(batch)
         later = torch.ones(states.shape[1], states.shape[1], dtype=torch.bool, device=states.device).triu(1)
-        states = self.decoder(states, memory, tgt_mask=later, memory_key_padding_mask=~batch.prompt_real)
-        return prompt, self.head(states).unflatten(-1, shape)
+        return self.of_states(self.decoder(states, memory, tgt_mask=later, memory_key_padding_mask=~batch.prompt_real))
 
     def _prompt(self, batch: PathBatch) -> Tensor:
         place = self.place(batch.place.clamp(max=self.sizes.places - 1)) * (batch.prompt_kind == 1).unsqueeze(-1)

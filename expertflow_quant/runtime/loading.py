@@ -18,8 +18,8 @@ from expertflow_quant.models.processor import load_processor
 from expertflow_quant.models.seams import model_class, read_config
 from expertflow_quant.offload.budget import format_bytes, parse_budget
 from expertflow_quant.offload.host_memory import available_bytes
-from expertflow_quant.offload.slots import plan_slots
 from expertflow_quant.offload.store import ExpertStore
+from expertflow_quant.runtime.caching import CacheOptions, attach_foresight
 from expertflow_quant.runtime.engine import Engine
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
 from expertflow_quant.runtime.fast.needs import fast_needs, weights_dtype
@@ -48,6 +48,11 @@ def load(
     rows: int | None = None,
     fast: bool | None = None,
     options: FastOptions | None = None,
+    policy: str | None = None,
+    predictor: str | None = None,
+    ahead: float | None = None,
+    usage: str | Path | None = None,
+    slots: str | Path | None = None,
     on_step: Callable[[str], None] | None = None,
     on_pinned: Callable[[int, int], None] | None = None,
 ) -> Engine:
@@ -63,6 +68,9 @@ def load(
     ``context`` and ``rows`` override two, ``on_step`` hears what building it does), False for transformers' own
     ``generate``; by default the fast path on a GPU where it can be taken, and a warning that says why where it cannot.
 
+    ``policy``, ``predictor``, ``ahead``, ``usage``, ``slots``, for the plain path: how it keeps experts, as
+    ``caching.CacheOptions`` says; by default what measured best. None of them changes an answer.
+
     ``gpu_memory``, for the fast path: a promise that the device memory this process reserves stays below it, the
     CUDA context, images and the longest prompt included. Experts get what is left, at most ``expert_memory``. The
     sizes are planned before a weight is on the device, torch is told to refuse more (for the rest of the process), and
@@ -75,7 +83,9 @@ def load(
     """
     folder, target = Path(path), pick_device(device)
     config, processor = _our_config(folder), load_processor(folder)
-    wanted = target.type == "cuda" if fast is None else fast
+    cached = _cached(policy=policy, predictor=predictor, ahead=ahead, usage=usage, slots=slots)
+    wanted = target.type == "cuda" and cached is None if fast is None else fast
+    _refuse_cached(cached, wanted)
     _refuse_memory(gpu_memory, host_memory, target, wanted)
     sizes = _sizes(config, options, context, rows)
     store = ExpertStore(CheckpointReader(folder))
@@ -85,16 +95,15 @@ def load(
         needs = fast_needs(config, store, weights_dtype(config, dtype), sizes, patches)
         plan, budget = make_promise(gpu_memory, needs, store.layers, budget, target)
     if not wanted:
-        plan_slots(store.layers, budget)  # refused before the model is read
+        (cached or CacheOptions()).classes(store, budget)  # refused before the model is read
     config.quantization_config = {**config.quantization_config, "verify": verify, "place": False}
     with promised(plan):
         model = _model(folder, config, target, dtype)
         on_gpu = next(model.parameters()).device.type == "cuda"
         model.expert_store = pinned_store(store, host_memory, on_pinned) if on_gpu else store
         if not wanted:
-            reason = "the fast path was turned off" if fast is False else f"the device is {target}"
-            attach_cache(model, budget)
-            return _plain(model, processor, context, rows, reason)
+            reason = _why_plain(fast, target)
+            return _plain(_with_cache(model, folder, budget, cached), processor, context, rows, reason)
         try:
             return _fast(model, processor, budget, sizes, plan, on_step)
         except FastPathError as error:
@@ -104,7 +113,8 @@ def load(
             if fast:
                 raise
             log.warning("%s: the plain path is taken, which is slower", error)
-            return _plain(_plain_again(model, budget), processor, context, rows, str(error))
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            return _plain(_with_cache(model, folder, budget, cached), processor, context, rows, str(error))
 
 
 def pinned_store(
@@ -193,11 +203,34 @@ def _plain(model: Any, processor: Any, context: int | None, rows: int | None, re
     return engine
 
 
-def _plain_again(model: Any, budget: int) -> Any:
-    """``model`` with the plain path's cache, and the attention that it would have had."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    attach_cache(model, budget)
+def _with_cache(model: Any, folder: Path, budget: int, cached: CacheOptions | None) -> Any:
+    """``model`` with the plain path's cache, and what tells it of passes to come."""
+    chosen = cached or CacheOptions()
+    attach_cache(model, budget, chosen)
+    attach_foresight(model, chosen, folder)
     return model
+
+
+def _cached(**given: Any) -> CacheOptions | None:
+    """What was asked of the plain path's cache, None where nothing was."""
+    named = {name: value for name, value in given.items() if value is not None}
+    return CacheOptions(**named) if named else None
+
+
+def _refuse_cached(cached: CacheOptions | None, fast: bool) -> None:
+    if cached is not None and fast:
+        raise FastPathError(
+            "policy, predictor, ahead, usage and slots are the plain path's, and the fast path was asked for: leave "
+            "them out (it keeps what was used last, and looks ahead by FastOptions.look_ahead), or give fast=False"
+        )
+
+
+def _why_plain(fast: bool | None, target: torch.device) -> str:
+    if fast is False:
+        return "the fast path was turned off"
+    if target.type == "cuda":
+        return "the cache was chosen by hand, which the fast path does not take"
+    return f"the device is {target}"
 
 
 def load_plain(path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = None) -> Engine:

@@ -24,9 +24,9 @@ from expertflow_quant.checkpoint.writer import BACKBONE_FILE, BACKBONE_INDEX
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.models.seams import expert_modules, expert_parameters, expert_shape, top_k
 from expertflow_quant.offload.budget import parse_budget
-from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.slots import plan_slots
 from expertflow_quant.offload.store import ExpertStore
+from expertflow_quant.runtime.caching import CacheOptions, make_cache
 from expertflow_quant.runtime.experts import NAME, LayerExperts, attach, attached, experts_forward
 
 VERSION = 1
@@ -153,13 +153,12 @@ class ExpertFlowQuantizer(HfQuantizer):
             attach_cache(model, self._budget)
 
 
-def attach_cache(model: Any, budget_bytes: int) -> None:
+def attach_cache(model: Any, budget_bytes: int, options: CacheOptions | None = None) -> None:
     """Give ``model``, which has its ``expert_store``, the plain path's cache of ``budget_bytes`` on its device.
 
     Raises BudgetError when that is below one token's working set.
     """
-    cache = ExpertCache(model.expert_store, budget_bytes, next(model.parameters()).device)
-    cache.preload()
+    cache = make_cache(model.expert_store, budget_bytes, next(model.parameters()).device, options or CacheOptions())
     for module in attached(model):
         attach(module, LayerExperts(cache, getattr(module, NAME).layer))
     model.expert_cache = cache

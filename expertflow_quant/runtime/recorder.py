@@ -29,7 +29,7 @@ from expertflow_quant.runtime.plain import PlainRunner
 from expertflow_quant.runtime.prompts import Prompts
 from expertflow_quant.runtime.stream import Cancellable, TokenQueue
 
-_IMAGE_NAMES = ("image_token_id", "image_token_index")
+IMAGE_NAMES = ("image_token_id", "image_token_index")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def recording(engine: Engine, tasks: Sequence[str]) -> Iterator[Recorder]:
             f"{type(engine.model).__name__} has no experts module, so there are no routes: give a Mixture-of-Experts "
             "model"
         )
-    found = [getattr(engine.model.config, name, None) for name in _IMAGE_NAMES]
+    found = [getattr(engine.model.config, name, None) for name in IMAGE_NAMES]
     recorder = Recorder(tasks, modules)
     engine.runner = RecordingRunner(runner, recorder, [token for token in found if token is not None])
     try:

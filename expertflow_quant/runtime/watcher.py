@@ -67,7 +67,7 @@ def watching(engine: Engine, distances: int = 2, width: int = 4) -> Iterator[Wat
     """
     modules = attached(engine.model) or [module for _, module in expert_modules(engine.model)]
     names = {module: name for name, module in engine.model.named_modules()}
-    watcher = Watcher([_router_weight(engine.model, names[module]) for module in modules], distances, width)
+    watcher = Watcher([router_weight(engine.model, names[module]) for module in modules], distances, width)
     hooks = [module.register_forward_pre_hook(_looking(watcher, layer)) for layer, module in enumerate(modules)]
     decoder = engine.model.get_decoder()
     hooks.append(decoder.register_forward_pre_hook(_embedding(watcher), with_kwargs=True))
@@ -94,13 +94,13 @@ def _embedding(watcher: Watcher) -> Any:
     return note
 
 
-def _router_weight(model: nn.Module, name: str) -> Tensor:
+def router_weight(model: nn.Module, name: str) -> Tensor:
     """float [E, H] of the router beside the experts module ``name``."""
     router = find_router(model, name)
     weight = None if router is None else router._parameters.get("weight")
     if weight is None or weight.ndim != 2 or len(weight) != num_experts(model.get_submodule(name)):
         raise ExpertFlowError(
-            f"{name} has no router with a weight [experts, hidden], so later routers cannot be applied: record without "
-            "looking ahead"
+            f"{name} has no router with a weight [experts, hidden], so later routers cannot be applied: do not look "
+            "ahead with them"
         )
     return weight.detach()

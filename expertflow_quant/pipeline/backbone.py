@@ -1,5 +1,5 @@
-"""A model without its experts' weights, for calibration: everything else in place, nothing of the experts
-read."""
+"""A model for calibration: experts are left out, blocks are read while they run (``lazy``), the rest is in
+place."""
 
 import contextlib
 import re
@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from expertflow_quant.models.seams import expert_modules, expert_parameters, model_class
 from expertflow_quant.pipeline.forwards import EXPERTS_FUNCTION
+from expertflow_quant.pipeline.lazy import lazy_weights
 from expertflow_quant.pipeline.stream import ModelStream
 
 _NAME = "expertflow-backbone"
@@ -20,10 +21,11 @@ _NAME = "expertflow-backbone"
 
 @register_quantization_config(_NAME)
 class _BackboneConfig(QuantizationConfigMixin):
-    """Only ever passed to from_pretrained by ``load_backbone``; never saved."""
+    """Only ever passed to from_pretrained by ``load_backbone``; never saved. ``lazy`` makes what is read later."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, lazy: Any = None, **kwargs: Any) -> None:
         self.quant_method = _NAME
+        self.lazy = lazy
 
 
 @register_quantizer(_NAME)
@@ -37,6 +39,14 @@ class _BackboneQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        waiting = self.quantization_config.lazy(model)
+        waiting.detach()
+        tied = {
+            target: of for target, of in model.all_tied_weights_keys.items() if not {target, of} & set(waiting.names)
+        }
+        model.all_tied_weights_keys = tied
+        ignored |= {rf"(^|\.){re.escape(name)}$" for name in waiting.names}
+        model.lazy_weights = waiting
         for name, module in expert_modules(model):
             for parameter in expert_parameters(module).values():
                 del module._parameters[parameter]
@@ -50,17 +60,21 @@ class _BackboneQuantizer(HfQuantizer):
 
 
 def load_backbone(stream: ModelStream, device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformers model of a stream's folder in evaluation mode, its experts waiting for
-    ``forwards.Forward``."""
-    with _quiet():
+    """The transformers model of a stream's folder in evaluation mode: its experts' answers come from what
+    observes it, its blocks' weights (``model.lazy_weights``) are there while a forward is in them."""
+    with quiet():
         model = model_class(stream.config).from_pretrained(
-            stream.folder, dtype=dtype, quantization_config=_BackboneConfig()
+            stream.folder,
+            dtype=dtype,
+            quantization_config=_BackboneConfig(lambda model: lazy_weights(model, stream, device, dtype)),
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    model.lazy_weights.attach()
+    return model
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -44,6 +44,10 @@ class Shards:
         """The shards, by name."""
         return sorted(set(self._file_of.values()))
 
+    def file(self, key: str) -> Path:
+        """The shard that holds a tensor."""
+        return self._file_of[key]
+
     def dtype(self, key: str) -> torch.dtype:
         """The dtype in which a tensor is stored. Raises CheckpointError for one that torch has no name
         for."""

@@ -9,7 +9,7 @@ experts (ERNIE-VL) a layer is converted whole and kept until the next one.
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ class ModelStream:
         self._recipes = _recipes(self.model, self._meta, self.shards.keys)
         self._recipe_of = {target: recipe for recipe in self._recipes for target in recipe.targets}
         self._kept: tuple[_Recipe, dict[str, Tensor]] | None = None
+        self._held: dict[int, list[ExpertWeights]] = {}
         self._check_complete()
 
     def gate(self, layer: int) -> Callable[[Tensor], Tensor]:
@@ -106,13 +107,46 @@ class ModelStream:
 
     def expert(self, layer: int, expert: int) -> ExpertWeights:
         """One expert's weights as they are stored: gate_up ``[2I or I, H]``, down ``[H, I]``, biases, on
-        the CPU."""
+        the CPU, or where ``hold`` put them. Raises CheckpointError naming the tensor for a NaN or an infinity."""
+        if layer in self._held:
+            return self._held[layer][expert]
         module = self.experts_module(layer)
         tensors = {}
         for name, parameter in expert_parameters(module).items():
             tensor = self._expert_parameter(f"{self.layers[layer].module}.{parameter}", expert)
             tensors[name] = tensor.T.contiguous() if module.is_transposed and tensor.ndim == 2 else tensor
+            if not is_finite(tensor):
+                self._refuse_nan(
+                    f"{self.layers[layer].module}.{parameter}", f" (layer {layer}, expert {expert})", expert
+                )
         return ExpertWeights(**tensors)
+
+    def hold(self, layers: Sequence[int], device: torch.device | str = "cpu") -> None:
+        """Keeps the experts of these layers in memory, in the dtype in which they are stored, and no others'."""
+        self._held = {layer: held for layer, held in self._held.items() if layer in layers}
+        for layer in layers:
+            if layer not in self._held:
+                experts = [self.expert(layer, expert) for expert in range(self.layers[layer].experts)]
+                self._held[layer] = [_on(device, weights) for weights in experts]
+
+    def has(self, name: str) -> bool:
+        """Whether the files hold a parameter of this name, or what it is made from."""
+        return name in self._recipe_of
+
+    def finite_parameter(self, name: str) -> Tensor:
+        """``parameter``, or CheckpointError naming the tensor that holds a NaN or an infinity."""
+        tensor = self.parameter(name)
+        if not is_finite(tensor):
+            self._refuse_nan(name)
+        return tensor
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a parameter, ``[len(rows), ...]``, as ``parameter`` gives it; only they are read where
+        the file allows it."""
+        recipe = self._recipe_of[name]
+        if recipe.converter is None:
+            return self.shards.read_rows(recipe.keys[0], rows)
+        return self.parameter(name)[list(rows)]
 
     def parameter(self, name: str) -> Tensor:
         """One whole parameter of the model, on the CPU in the dtype in which it is stored."""
@@ -138,9 +172,18 @@ class ModelStream:
         return pending
 
     def close(self) -> None:
-        """Lets go of the files' mappings and of what was kept."""
+        """Lets go of the files and of what was kept."""
         self._kept = None
+        self._held = {}
         self.shards.close()
+
+    def _refuse_nan(self, name: str, where: str = "", expert: int | None = None) -> None:
+        """Names the tensors of the files that a parameter is made from."""
+        recipe = self._recipe_of[name]
+        listed = expert is not None and _is_listed(recipe.converter)
+        keys = [keys[expert] if listed else keys[0] for keys in recipe.sources.values()]  # type: ignore[index]
+        bad = next((key for key in keys if not is_finite(self.shards.read(key, None if listed else expert))), keys[0])
+        raise CheckpointError(nan_found(f"{bad}{where}", self.shards.file(bad)))
 
     def _expert_names(self) -> set[str]:
         return {
@@ -179,13 +222,19 @@ class ModelStream:
     def _as_parameters(self, recipe: _Recipe) -> list[PendingTensor]:
         dtype = self.shards.dtype(recipe.keys[0])
         return [
-            PendingTensor(name, dtype, tuple(self._meta[name].shape), partial(self.parameter, name))
+            PendingTensor(name, dtype, tuple(self._meta[name].shape), partial(self.finite_parameter, name))
             for name in recipe.targets
         ]
 
+    def _finite_stored(self, key: str) -> Tensor:
+        tensor = self.shards.read(key)
+        if not is_finite(tensor):
+            raise CheckpointError(nan_found(key, self.shards.file(key)))
+        return tensor
+
     def _as_stored(self, recipe: _Recipe) -> list[PendingTensor]:
         return [
-            PendingTensor(key, self.shards.dtype(key), self.shards.shape(key), partial(self.shards.read, key))
+            PendingTensor(key, self.shards.dtype(key), self.shards.shape(key), partial(self._finite_stored, key))
             for key in recipe.keys
         ]
 
@@ -209,6 +258,25 @@ class ModelStream:
                 f"and transformers would fill them with random numbers: download the missing shards or "
                 f"correct config.json"
             )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    return tensor.dtype.itemsize < 2 or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def nan_found(what: str, path: Path) -> str:
+    """The message for weights that are no numbers."""
+    return (
+        f"{what} in {path} holds NaN or infinity, from which nothing can be quantized: download the file again; "
+        f"what is finished stays, and the same command goes on from there"
+    )
+
+
+def _on(device: torch.device | str, weights: ExpertWeights) -> ExpertWeights:
+    parts = {part.name: getattr(weights, part.name) for part in fields(weights)}
+    moved: dict[str, Any] = {name: None if part is None else part.to(device) for name, part in parts.items()}
+    return ExpertWeights(**moved)
 
 
 class _OneExpert:

@@ -203,7 +203,7 @@ def test_an_error_inside_a_forward_is_raised_here(tmp_path: Path) -> None:
     stream = ModelStream(save_model("qwen3_moe", tmp_path))
     bad = tiny.model_inputs("qwen3_moe") | {"input_ids": torch.full((2, 12), 10**6)}
     before = threading.active_count()
-    with pytest.raises(IndexError):
+    with pytest.raises(ExpertFlowError, match="not one 1000000"):
         list(Observations(stream, CalibrationData.from_batches([tiny.model_inputs("qwen3_moe"), bad])).layers())
     assert threading.active_count() == before
 

@@ -1,13 +1,17 @@
 """One layer's experts by one method: weights and rows in, records with their measured errors out.
 
 rtn needs no rows. awq searches every expert on at most ``max_rows`` of its rows. gptq takes all rows into
-the Hessians, down's from what the quantized gate_up hands on, and works on several experts at once, as many
-as fit ``GPTQ_BYTES``. An expert whose format is bf16 is stored as it is, whatever the method.
+the Hessians, down's from what the quantized gate_up hands on. An expert whose format is bf16 is stored as it
+is, whatever the method.
+
+Experts of one format go through together, in batches that fit ``BATCH_BYTES``: on a GPU one after the other,
+on the CPU side by side, each batch on one thread. What is in a batch depends on the layer alone, never on
+threads or free memory, so neither do the bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +19,11 @@ from torch.nn import functional
 
 from expertflow_quant.checkpoint.manifest import ExpertEntry
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.formats.record import RecordLayout
+from expertflow_quant.formats.record import ExpertShape, RecordLayout
 from expertflow_quant.formats.spec import Format
 from expertflow_quant.kernels import ExpertWeights, expert_product, expert_weights
 from expertflow_quant.pipeline.observe import ExpertRows
+from expertflow_quant.pipeline.parallel import side_by_side
 from expertflow_quant.quantize import (
     QuantizedMatrix,
     ScaleRule,
@@ -26,11 +31,13 @@ from expertflow_quant.quantize import (
     expert_fields,
     quantize_gptq,
     quantize_rtn,
-    search_awq,
+    search_awq_batch,
 )
 
 METHODS = ("awq", "gptq", "rtn")
-GPTQ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+BATCH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+BATCH_EXPERTS = {"cpu": 4}
+"""On the CPU no more than so many in a batch, however small they are: batches are what its threads share."""
 Gate = Callable[[Tensor], Tensor]
 
 
@@ -85,85 +92,81 @@ class _Parts:
 
 
 class LayerQuantizer:
-    """Quantizes the experts of one layer. ``shape`` and ``gate`` are the layer's; raises ExpertFlowError for
-    an unknown method or when a method that needs rows gets none."""
+    """Quantizes the experts of one layer. ``shape`` and ``gate`` are the layer's, ``batch`` how many experts go
+    together if not as many as fit; raises ExpertFlowError for an unknown method or when a method that needs
+    rows gets none."""
 
-    def __init__(self, method: str, shape: Any, gate: Gate, options: MethodOptions) -> None:
+    def __init__(
+        self, method: str, shape: ExpertShape, gate: Gate, options: MethodOptions, batch: int | None = None
+    ) -> None:
         check_method(method)
-        self._method, self._shape, self._gate, self._options = method, shape, gate, options
+        self._method, self._shape, self._gate, self._options, self._batch = method, shape, gate, options, batch
 
     def run(self, jobs: Iterator[Job]) -> Iterator[tuple[int, ExpertEntry, Tensor]]:
         """(expert, entry, record) for every job, in any order."""
-        if self._method == "gptq":
-            yield from self._run_gptq(jobs)
-            return
-        for job in jobs:
-            yield self._finish(job, self._awq(job) if self._uses_awq(job) else self._plain(job))
+        for made in side_by_side(self._batches(jobs), self._make, lambda batch: _device(batch[0]).type == "cpu"):
+            yield from made
 
-    def _uses_awq(self, job: Job) -> bool:
-        return self._method == "awq" and job.format.is_int
-
-    def _plain(self, job: Job) -> _Parts:
-        weights = job.weights
-        if not job.format.is_int:
-            return _Parts(weights.gate_up, weights.down, None, weights.gate_up_bias, weights.down_bias)
-        up, down = (
-            quantize_rtn(matrix, job.format, scales=self._options.scales) for matrix in (weights.gate_up, weights.down)
-        )
-        return _Parts(up, down, None, weights.gate_up_bias, weights.down_bias)
-
-    def _awq(self, job: Job) -> _Parts:
-        weights, rows = job.weights, _rows_of(job, "awq").thinned(self._options.max_rows)
-        found = search_awq(
-            weights.gate_up,
-            weights.down,
-            self._gate,
-            rows.inputs.float(),
-            rows.weights,
-            job.format,
-            self._options.grid,
-            gate_up_bias=weights.gate_up_bias,
-            down_bias=weights.down_bias,
-            scales=self._options.scales,
-        )
-        return _Parts(found.gate_up, found.down, found.input_scale, found.gate_up_bias, weights.down_bias)
-
-    def _run_gptq(self, jobs: Iterator[Job]) -> Iterator[tuple[int, ExpertEntry, Tensor]]:
+    def _batches(self, jobs: Iterator[Job]) -> Iterator[list[Job]]:
         waiting: dict[Format, list[Job]] = {}
         for job in jobs:
-            if not job.format.is_int:
-                yield self._finish(job, self._plain(job))
-                continue
             batch = waiting.setdefault(job.format, [])
             batch.append(job)
-            if len(batch) >= self._gptq_batch(job.weights.down.device.type):
-                yield from self._gptq(waiting.pop(job.format))
-        for batch in waiting.values():
-            yield from self._gptq(batch)
+            if len(batch) >= (self._batch or batch_size(self._shape, _device(job))):
+                yield waiting.pop(job.format)
+        yield from waiting.values()
 
-    def _gptq_batch(self, device: str) -> int:
-        widest = max(in_features for _, in_features in self._shape.matrices.values())
-        return max(1, GPTQ_BYTES.get(device, 0) // (4 * 8 * widest**2))  # a Hessian and its float64 factors
+    def _make(self, batch: Sequence[Job]) -> list[tuple[int, ExpertEntry, Tensor]]:
+        method = self._method if batch[0].format.is_int else "rtn"
+        make = {"awq": self._awq, "gptq": self._gptq, "rtn": self._plain}[method]
+        return [self._finish(job, parts) for job, parts in zip(batch, make(batch), strict=True)]
 
-    def _gptq(self, batch: Sequence[Job]) -> Iterator[tuple[int, ExpertEntry, Tensor]]:
+    def _plain(self, batch: Sequence[Job]) -> Iterator[_Parts]:
+        for job in batch:
+            weights, up, down = job.weights, job.weights.gate_up, job.weights.down
+            yield _Parts(
+                self._rounded(up, job), self._rounded(down, job), None, weights.gate_up_bias, weights.down_bias
+            )
+
+    def _rounded(self, matrix: Tensor, job: Job) -> QuantizedMatrix | Tensor:
+        return quantize_rtn(matrix, job.format, scales=self._options.scales) if job.format.is_int else matrix
+
+    def _awq(self, batch: Sequence[Job]) -> Iterator[_Parts]:
+        weights = [job.weights for job in batch]
+        rows = [_rows_of(job, "awq").thinned(self._options.max_rows) for job in batch]
+        found = search_awq_batch(
+            [each.gate_up for each in weights],
+            [each.down for each in weights],
+            self._gate,
+            [each.inputs for each in rows],
+            [each.weights for each in rows],
+            batch[0].format,
+            self._options.grid,
+            gate_up_bias=_biases([each.gate_up_bias for each in weights]),
+            down_bias=_biases([each.down_bias for each in weights]),
+            scales=self._options.scales,
+        )
+        for each, own in zip(found, weights, strict=True):
+            yield _Parts(each.gate_up, each.down, each.input_scale, each.gate_up_bias, own.down_bias)
+
+    def _gptq(self, batch: Sequence[Job]) -> Iterator[_Parts]:
         rows = [_rows_of(job, "gptq") for job in batch]
-        inputs = [each.inputs.float() for each in rows]
-        ups = self._gptq_matrices(batch, "gate_up", inputs, rows)
-        inner = [
-            self._gate(functional.linear(x, up.dequantize(), job.weights.gate_up_bias))
-            for x, up, job in zip(inputs, ups, batch, strict=True)
+        ups = self._gptq_matrices(batch, "gate_up", [accumulate_hessian(each.inputs, each.weights) for each in rows])
+        hessians = [
+            accumulate_hessian(
+                self._gate(functional.linear(each.inputs.float(), up.dequantize(), job.weights.gate_up_bias)),
+                each.weights,
+            )
+            for each, up, job in zip(rows, ups, batch, strict=True)
         ]
-        downs = self._gptq_matrices(batch, "down", inner, rows)
+        downs = self._gptq_matrices(batch, "down", hessians)
         for job, up, down in zip(batch, ups, downs, strict=True):
-            yield self._finish(job, _Parts(up, down, None, job.weights.gate_up_bias, job.weights.down_bias))
+            yield _Parts(up, down, None, job.weights.gate_up_bias, job.weights.down_bias)
 
-    def _gptq_matrices(
-        self, batch: Sequence[Job], name: str, inputs: Sequence[Tensor], rows: Sequence[ExpertRows]
-    ) -> list[QuantizedMatrix]:
-        hessians = [accumulate_hessian(x, each.weights) for x, each in zip(inputs, rows, strict=True)]
+    def _gptq_matrices(self, batch: Sequence[Job], name: str, hessians: Sequence[Tensor]) -> list[QuantizedMatrix]:
         found = quantize_gptq(
             torch.stack([getattr(job.weights, name) for job in batch]),
-            torch.stack(hessians),
+            torch.stack(list(hessians)),
             batch[0].format,
             self._options.damp,
             act_order=self._options.act_order,
@@ -175,7 +178,7 @@ class LayerQuantizer:
         layout = RecordLayout(self._shape, job.format, parts.input_scale is not None)
         made = expert_fields(layout, **{part.name: getattr(parts, part.name) for part in fields(parts)})
         record = layout.pack(made)
-        runs = expert_weights(layout.views(record), layout, torch.float32)
+        runs = expert_weights(layout.views(record.to(_device(job))), layout, torch.float32)
         rows = job.rows
         has_rows = rows is not None and len(rows.weights) > 0
         error = self._output_error(job, runs) if has_rows else _weight_error(job.weights, runs)
@@ -191,8 +194,17 @@ class LayerQuantizer:
         rows = _rows_of(job, self._method).thinned(self._options.max_rows)
         x, weight = rows.inputs.float(), rows.weights.unsqueeze(-1)
         wanted = expert_product(x, job.weights, self._gate) * weight
-        got = expert_product(x, _moved(runs, x), self._gate) * weight
+        got = expert_product(x, runs, self._gate) * weight
         return _relative((got - wanted).norm(), wanted.norm())
+
+
+def batch_size(shape: ExpertShape, device: torch.device) -> int:
+    """How many experts of a layer go together: as many as fit, by what the larger of both methods takes for one
+    (GPTQ four float64 matrices of the widest input, AWQ eight float32 copies of the weights)."""
+    widest = max(in_features for _, in_features in shape.matrices.values())
+    weights = sum(rows * columns for rows, columns in shape.matrices.values())
+    fitting = BATCH_BYTES.get(device.type, BATCH_BYTES["cpu"]) // max(4 * 8 * widest**2, 8 * 4 * weights)
+    return max(1, min(fitting, BATCH_EXPERTS.get(device.type, fitting)))
 
 
 def check_method(method: str) -> None:
@@ -208,7 +220,6 @@ def _rows_of(job: Job, method: str) -> ExpertRows:
 
 
 def _weight_error(weights: ExpertWeights, runs: ExpertWeights) -> float:
-    runs = _moved(runs, weights.gate_up)
     up = runs.gate_up if runs.input_scale is None else runs.gate_up * runs.input_scale
     change = (up - weights.gate_up).square().sum() + (runs.down - weights.down).square().sum()
     return _relative(change.sqrt(), (weights.gate_up.square().sum() + weights.down.square().sum()).sqrt())
@@ -218,7 +229,11 @@ def _relative(change: Tensor, whole: Tensor) -> float:
     return float(change / whole) if float(whole) > 0 else float(change)
 
 
-def _moved(weights: ExpertWeights, like: Tensor) -> ExpertWeights:
-    parts = {part.name: getattr(weights, part.name) for part in fields(weights)}
-    moved: dict[str, Any] = {name: None if tensor is None else tensor.to(like.device) for name, tensor in parts.items()}
-    return ExpertWeights(**moved)
+def _device(job: Job) -> torch.device:
+    return job.weights.down.device
+
+
+def _biases(biases: Sequence[Tensor | None]) -> list[Tensor] | None:
+    """The experts' biases, None where they have none (all or none of a layer have)."""
+    given = [bias for bias in biases if bias is not None]
+    return given or None

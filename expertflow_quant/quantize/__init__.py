@@ -1,6 +1,6 @@
 """Weights and statistics in, codes and scales out: pure tensors, no model, no file."""
 
-from expertflow_quant.quantize.awq import AWQResult, search_awq
+from expertflow_quant.quantize.awq import AWQResult, search_awq, search_awq_batch
 from expertflow_quant.quantize.fields import expert_fields
 from expertflow_quant.quantize.folding import Gate, scalable_rows
 from expertflow_quant.quantize.gptq import quantize_gptq
@@ -27,5 +27,6 @@ __all__ = [
     "quantize_rtn",
     "scalable_rows",
     "search_awq",
+    "search_awq_batch",
     "shrink_hessian",
 ]

@@ -1,4 +1,4 @@
-"""AWQ (Lin, Tang, Tang, Yang, Dang, Han 2023, arXiv 2306.00978) for one expert of a mixture.
+"""AWQ (Lin, Tang, Tang, Yang, Dang, Han 2023, arXiv 2306.00978) for the experts of a mixture.
 
 Input channels with large activations matter most: their weights are multiplied by ``s > 1`` before rounding
 and the activation divided by it, which shrinks the error where it counts. ``s = mean|x| ^ ratio``, normalised
@@ -14,22 +14,19 @@ Where this goes beyond the paper, since an expert is alone behind a norm that al
   lowers that error and the first is plain rounding: on the data it was given the result is never worse.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-from expertflow_quant.formats import SCALE_DTYPE, ExpertFlowError, Format
-from expertflow_quant.quantize.clip import clip_search
+from expertflow_quant.formats import ExpertFlowError, Format
+from expertflow_quant.quantize.awq_search import Found, Search
 from expertflow_quant.quantize.folding import Gate, scalable_rows
 from expertflow_quant.quantize.grid import ScaleRule, require_finite
 from expertflow_quant.quantize.matrix import QuantizedMatrix
-from expertflow_quant.quantize.rtn import quantize_rtn, require_int
-
-SMALLEST_SCALE = 1e-4  # before normalising, as published
-SMALLEST_STORED = 2.0**-14  # the smallest normal fp16
+from expertflow_quant.quantize.rtn import require_int
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,6 @@ class AWQResult:
     rounding_error: float
 
 
-@torch.no_grad()
 def search_awq(
     gate_up: Tensor,
     down: Tensor,
@@ -77,130 +73,84 @@ def search_awq(
     is when the gate is not linear in up. No tokens give plain rounding and ``tokens == 0``. Raises
     ExpertFlowError for NaN or infinity, shapes that do not match, bf16.
     """
+    return search_awq_batch(
+        [gate_up],
+        [down],
+        gate,
+        [inputs],
+        [weights],
+        format,
+        grid,
+        fold=fold,
+        clip=clip,
+        gate_up_bias=None if gate_up_bias is None else [gate_up_bias],
+        down_bias=None if down_bias is None else [down_bias],
+        scales=scales,
+    )[0]
+
+
+@torch.no_grad()
+def search_awq_batch(
+    gate_up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    gate: Gate,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    format: Format,
+    grid: int = 20,
+    *,
+    fold: bool = True,
+    clip: bool = True,
+    gate_up_bias: Sequence[Tensor] | None = None,
+    down_bias: Sequence[Tensor] | None = None,
+    scales: ScaleRule = "absmax",
+) -> list[AWQResult]:
+    """``search_awq`` for several experts of one shape, each with rows of its own, all trials in common.
+
+    Every expert's result is its own, up to the order of sums: the rows of those that have fewer are filled up with
+    zeros. On the host nothing is decided, and little is waited for.
+    """
     require_int(format, "AWQ")
-    _check(gate_up, down, inputs, weights, grid)
-    expert = _Expert(
-        gate_up=_plain("gate_up", gate_up),
-        down=_plain("down", down),
-        inputs=_plain("inputs", inputs),
-        weights=_plain("weights", weights),
+    for parts in zip(gate_up, down, inputs, weights, strict=True):
+        _check(*parts, grid)
+    first = down[0]
+    rows = scalable_rows(gate, gate_up[0].shape[0], first.shape[1], first.device) if fold else None
+    search = Search(
+        gate_up=torch.stack([_plain("gate_up", each) for each in gate_up]),
+        down=torch.stack([_plain("down", each) for each in down]),
+        inputs=pad_sequence([_plain("inputs", each) for each in inputs], batch_first=True),
+        weights=pad_sequence([_plain("weights", each) for each in weights], batch_first=True),
         gate=gate,
         format=format,
         scales=scales,
-        gate_up_bias=None if gate_up_bias is None else _plain("gate_up_bias", gate_up_bias),
-        down_bias=None if down_bias is None else _plain("down_bias", down_bias),
+        rows=rows,
+        gate_up_bias=_plain_biases("gate_up_bias", gate_up_bias),
+        down_bias=_plain_biases("down_bias", down_bias),
     )
-    best = plain = expert.trial(0.0, 0.0, None)
-    ratios = [step / grid for step in range(1, grid + 1)]
-    for ratio in ratios:
-        best = _better(best, expert.trial(ratio, 0.0, None))
-    rows = scalable_rows(gate, gate_up.shape[0], down.shape[1], gate_up.device) if fold else None
-    for ratio in ratios if rows is not None else ():
-        best = _better(best, expert.trial(best.ratio, ratio, rows))
-    if clip:
-        best = _better(best, expert.clip_gate_up(best))
-        best = _better(best, expert.clip_down(best))
-    return expert.result(best, plain.error)
+    return _results(search.run(grid, clip), [len(each) for each in weights])
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """One candidate: the scaled float weights, their codes, and the squared error of that expert."""
-
-    ratio: float
-    down_ratio: float
-    input_scale: Tensor
-    bias: Tensor | None
-    gate_up_scaled: Tensor
-    down_scaled: Tensor
-    gate_up: QuantizedMatrix
-    down: QuantizedMatrix
-    error: float = float("inf")
-    clipped: tuple[str, ...] = ()
-
-
-def _better(best: _Trial, other: _Trial) -> _Trial:
-    return other if other.error < best.error else best
-
-
-@dataclass(frozen=True)
-class _Expert:
-    gate_up: Tensor
-    down: Tensor
-    inputs: Tensor
-    weights: Tensor
-    gate: Gate
-    format: Format
-    scales: ScaleRule
-    gate_up_bias: Tensor | None
-    down_bias: Tensor | None
-
-    @cached_property
-    def inner(self) -> Tensor:
-        """down's input in full precision ``[T, I]``."""
-        return self.gate(functional.linear(self.inputs, self.gate_up, self.gate_up_bias))
-
-    @cached_property
-    def output(self) -> Tensor:
-        return functional.linear(self.inner, self.down, self.down_bias)
-
-    @cached_property
-    def input_activity(self) -> Tensor:
-        return _activity(self.inputs, self.weights)
-
-    @cached_property
-    def inner_activity(self) -> Tensor:
-        return _activity(self.inner, self.weights)
-
-    def trial(self, ratio: float, down_ratio: float, rows: slice | None) -> _Trial:
-        """Scale by both ratios, round, measure. ``rows`` take up down's scale; needed unless ``down_ratio``
-        is 0."""
-        stored = (1 / _scale(self.input_activity, ratio)).clamp(min=SMALLEST_STORED).to(SCALE_DTYPE)
-        gate_up, bias, down = self.gate_up / stored.float(), self.gate_up_bias, self.down
-        if rows is not None:
-            down_scale = _scale(self.inner_activity, down_ratio)
-            down = down * down_scale
-            gate_up[rows] /= down_scale.unsqueeze(-1)
-            if bias is not None:
-                bias = bias.clone()
-                bias[rows] /= down_scale
-        rounded_up = quantize_rtn(gate_up, self.format, scales=self.scales)
-        rounded_down = quantize_rtn(down, self.format, scales=self.scales)
-        return self._measured(_Trial(ratio, down_ratio, stored, bias, gate_up, down, rounded_up, rounded_down))
-
-    def clip_gate_up(self, trial: _Trial) -> _Trial:
-        scaled = self.inputs * trial.input_scale.float() * self.weights.unsqueeze(-1)
-        clipped = clip_search(trial.gate_up_scaled, scaled, self.format, self.scales)
-        return self._measured(replace(trial, gate_up=clipped, clipped=(*trial.clipped, "gate_up")))
-
-    def clip_down(self, trial: _Trial) -> _Trial:
-        arriving = self._inner_of(trial) * self.weights.unsqueeze(-1)
-        clipped = clip_search(trial.down_scaled, arriving, self.format, self.scales)
-        return self._measured(replace(trial, down=clipped, clipped=(*trial.clipped, "down")))
-
-    def result(self, trial: _Trial, plain_error: float) -> AWQResult:
-        squared = float((self.output * self.weights.unsqueeze(-1)).square().sum()) or 1.0
-        return AWQResult(
-            gate_up=trial.gate_up,
-            down=trial.down,
-            input_scale=trial.input_scale,
-            gate_up_bias=trial.bias,
-            ratio=trial.ratio,
-            down_ratio=trial.down_ratio,
-            clipped=trial.clipped,
-            tokens=self.inputs.shape[0],
-            error=(trial.error / squared) ** 0.5,
-            rounding_error=(plain_error / squared) ** 0.5,
+def _results(found: Found, tokens: Sequence[int]) -> list[AWQResult]:
+    ups, downs = found.gate_up.matrices(), found.down.matrices()
+    ratios, down_ratios = found.ratio.tolist(), found.down_ratio.tolist()
+    clipped = {name: chosen.tolist() for name, chosen in found.clipped.items()}
+    size = torch.where(found.size > 0, found.size, 1.0)
+    errors, rounding = ((each / size).sqrt().tolist() for each in (found.error, found.rounding_error))
+    return [
+        AWQResult(
+            gate_up=ups[expert],
+            down=downs[expert],
+            input_scale=found.input_scale[expert].clone(),
+            gate_up_bias=None if found.gate_up_bias is None else found.gate_up_bias[expert].clone(),
+            ratio=ratios[expert],
+            down_ratio=down_ratios[expert],
+            clipped=tuple(name for name, chosen in clipped.items() if chosen[expert]),
+            tokens=count,
+            error=errors[expert],
+            rounding_error=rounding[expert],
         )
-
-    def _inner_of(self, trial: _Trial) -> Tensor:
-        scaled = self.inputs * trial.input_scale.float()
-        return self.gate(functional.linear(scaled, trial.gate_up.dequantize(), trial.bias))
-
-    def _measured(self, trial: _Trial) -> _Trial:
-        output = functional.linear(self._inner_of(trial), trial.down.dequantize(), self.down_bias)
-        change = (output - self.output) * self.weights.unsqueeze(-1)
-        return replace(trial, error=float(change.square().sum()))
+        for expert, count in enumerate(tokens)
+    ]
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -208,15 +158,8 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def _activity(inputs: Tensor, weights: Tensor) -> Tensor:
-    """Mean magnitude of every channel ``[I]`` over tokens ``[T, I]``, each counted with its affinity."""
-    counted = weights.abs()
-    return (inputs.abs() * counted.unsqueeze(-1)).sum(0) / counted.sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _scale(activity: Tensor, ratio: float) -> Tensor:
-    scale = activity.pow(ratio).clamp(min=SMALLEST_SCALE)
-    return scale / (scale.max() * scale.min()).sqrt()
+def _plain_biases(name: str, biases: Sequence[Tensor] | None) -> Tensor | None:
+    return None if biases is None else torch.stack([_plain(name, each) for each in biases])
 
 
 def _check(gate_up: Tensor, down: Tensor, inputs: Tensor, weights: Tensor, grid: int) -> None:

@@ -10,32 +10,25 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats import Format
-from expertflow_quant.quantize.grid import ScaleRule, decode, encode, fit_grid
-from expertflow_quant.quantize.matrix import QuantizedMatrix
-from expertflow_quant.quantize.rtn import quantize_rtn
+from expertflow_quant.quantize.grid import ScaleRule
+from expertflow_quant.quantize.rtn import Rounded, in_groups
 
 STEPS = 20
 TRIED = 10  # ranges shrink to no less than half
 
 
-def clip_search(weight: Tensor, inputs: Tensor, format: Format, scales: ScaleRule = "absmax") -> QuantizedMatrix:
-    """Round float32 ``weight [O, I]``, each group clipped to what suits float32 ``inputs [T, I]`` best."""
-    rows, columns = weight.shape
-    grouped = weight.view(rows, format.groups(columns), -1).transpose(0, 1)  # [G, O, columns per group]
-    pieces = inputs.view(-1, grouped.shape[0], grouped.shape[2]).transpose(0, 1)  # [G, T, columns per group]
-    hessians = pieces.transpose(1, 2) @ pieces
+def clip_search(weight: Tensor, inputs: Tensor, format: Format, scales: ScaleRule = "absmax") -> Rounded:
+    """Round float32 ``weight [E, O, I]``, each group clipped to what suits float32 ``inputs [E, T, I]`` best."""
+    grouped = in_groups(weight, format)  # [E, O, G, columns per group]
+    pieces = in_groups(inputs, format).transpose(1, 2)  # [E, G, T, columns per group]
+    hessians = pieces.mT @ pieces
     limits = grouped.abs().amax(dim=-1, keepdim=True)
-    best, kept = torch.full_like(limits, float("inf")), grouped
+    best, kept = torch.full_like(limits, float("inf")), limits
     for step in range(TRIED):
         limit = limits * (1 - step / STEPS)
         clipped = grouped.clamp(-limit, limit)
-        change = _rounded(clipped, format, scales) - grouped
-        error = ((change @ hessians) * change).sum(dim=-1, keepdim=True)
+        change = (Rounded.of_groups(clipped, format, scales).groups() - grouped).transpose(1, 2)  # [E, G, O, columns]
+        error = ((change @ hessians) * change).sum(dim=-1, keepdim=True).transpose(1, 2)
         better = error < best
-        best, kept = torch.where(better, error, best), torch.where(better, clipped, kept)
-    return quantize_rtn(kept.transpose(0, 1).reshape(rows, columns), format, scales=scales)
-
-
-def _rounded(grouped: Tensor, format: Format, scales: ScaleRule) -> Tensor:
-    group_scales, zeros = (part.unsqueeze(-1) for part in fit_grid(grouped, format, scales))
-    return decode(encode(grouped, group_scales, zeros, format), group_scales, zeros)
+        best, kept = torch.where(better, error, best), torch.where(better, limit, kept)
+    return Rounded.of_groups(grouped.clamp(-kept, kept), format, scales)

@@ -3,9 +3,9 @@
 Columns are rounded one after the other; each column's rounding error is spread over the columns not yet
 rounded so that the output error ``tr(D H D^T)``, ``D`` being the change of the weights and ``H = sum of c^2 x
 x^T``, grows least. With ``H^-1 = R^T R``, R upper triangular, column i's error ``e = (w_i - q_i) / R_ii``
-changes the later columns by ``-e R_i,later``: within a block at once, behind it in one product per block. A
-group's scales come from its weights as they stand when its first column is reached, all updates applied,
-wherever blocks end.
+changes the later columns by ``-e R_i,later``: within a block at once (``spans``), behind it in one product
+per block. A group's scales come from its weights as they stand when its first column is reached, all updates
+applied, so no block reaches beyond its group.
 
 Two choices differ from the published code, for the sake of experts that few tokens reach. A dead column (no
 input ever, zero on H's diagonal) keeps its weights and is rounded plainly instead of being set to zero. And
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats import ExpertFlowError, Format
-from expertflow_quant.quantize.grid import ScaleRule, decode, encode, fit_grid, require_finite
+from expertflow_quant.quantize.grid import ScaleRule, fit_grid, require_finite
 from expertflow_quant.quantize.hessian import inverse_factor
 from expertflow_quant.quantize.matrix import QuantizedMatrix
 from expertflow_quant.quantize.rtn import require_int
+from expertflow_quant.quantize.spans import round_span
 
 
 @torch.no_grad()
@@ -68,10 +69,10 @@ def _quantize(
         grids = _FixedGroups(work, format, scales, order)
         work = _permute_rows(work, order)
         hessian = _permute_rows(_permute_rows(hessian, order).transpose(1, 2), order)
-        spans = list(_spans(columns, columns, block))
+        spans = _spans(columns, columns, block)
     else:
         grids = _ReachedGroups(format, scales)
-        spans = list(_spans(columns, format.columns_per_group(columns), block))
+        spans = _spans(columns, format.columns_per_group(columns), block)
     codes = _sweep(work, inverse_factor(hessian, damp), grids, spans, format)
     if act_order:
         codes = _permute_rows(codes, order.argsort(dim=-1))
@@ -91,33 +92,23 @@ def _sweep(
     work: Tensor,
     factor: Tensor,
     grids: "_ReachedGroups | _FixedGroups",
-    spans: list[tuple[int, int]],
+    spans: Iterator[slice],
     format: Format,
 ) -> Tensor:
     """Round every column of ``work [E, I, O]`` in order, spreading the errors; uint8 codes ``[E, I, O]``."""
     codes = torch.empty_like(work, dtype=torch.uint8)
-    for start, end in spans:
-        errors = torch.empty_like(work[:, start:end])
-        for column in range(start, end):
-            group_scales, zeros = grids.at(column, work)  # [E, O]
-            codes[:, column] = encode(work[:, column], group_scales, zeros, format)
-            rounded = decode(codes[:, column], group_scales, zeros)
-            error = (work[:, column] - rounded) / factor[:, column, column, None]
-            rest = factor[:, column, column + 1 : end, None]  # [E, columns left in the block, 1]
-            work[:, column + 1 : end] -= rest * error[:, None, :]
-            errors[:, column - start] = error
-        work[:, end:] -= factor[:, start:end, end:].transpose(1, 2) @ errors
+    for span in spans:
+        errors = round_span(work, factor, span, *grids.of(span, work), codes, format)
+        behind = slice(span.stop, work.shape[1])
+        work[:, behind] -= factor[:, span, behind].mT @ errors
     return codes
 
 
-def _spans(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
-    """Blocks such that a group either lies inside one or begins where one begins."""
-    outer = group * max(1, block // group)
-    for start in range(0, columns, outer):
-        stop = min(start + outer, columns)
-        step = block if group > block else outer
-        for first in range(start, stop, step):
-            yield first, min(first + step, stop)
+def _spans(columns: int, group: int, block: int) -> Iterator[slice]:
+    """At most ``block`` columns each, none across the end of a group."""
+    for first in range(0, columns, group):
+        for start in range(first, first + group, block):
+            yield slice(start, min(start + block, first + group))
 
 
 @dataclass
@@ -129,13 +120,17 @@ class _ReachedGroups:
     scales: list[Tensor] = field(default_factory=list)  # [E, O] each
     zeros: list[Tensor] = field(default_factory=list)
 
-    def at(self, column: int, work: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, span: slice, work: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros ``[E, span, O]``."""
         group = self.format.columns_per_group(work.shape[1])
-        if column % group == 0:
-            scales, zeros = fit_grid(work[:, column : column + group].transpose(1, 2), self.format, self.rule)
+        if span.start % group == 0:
+            reached = work[:, span.start : span.start + group].transpose(1, 2)
+            scales, zeros = fit_grid(reached, self.format, self.rule)
             self.scales.append(scales)
             self.zeros.append(zeros)
-        return self.scales[-1], self.zeros[-1]
+        count = span.stop - span.start
+        scales, zeros = (grids[-1].unsqueeze(1).expand(-1, count, -1) for grids in (self.scales, self.zeros))
+        return scales, zeros
 
     def all(self) -> tuple[Tensor, Tensor]:
         return torch.stack(self.scales, dim=1), torch.stack(self.zeros, dim=1)
@@ -149,10 +144,11 @@ class _FixedGroups:
         grouped = work.view(experts, format.groups(columns), -1, rows).transpose(2, 3)
         self._scales, self._zeros = fit_grid(grouped, format, rule)  # [E, G, O]
         self._group = order // format.columns_per_group(columns)  # [E, I]
-        self._expert = torch.arange(experts, device=work.device)
+        self._expert = torch.arange(experts, device=work.device).unsqueeze(-1)
 
-    def at(self, column: int, work: Tensor) -> tuple[Tensor, Tensor]:
-        place = (self._expert, self._group[:, column])
+    def of(self, span: slice, work: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros ``[E, span, O]``."""
+        place = (self._expert, self._group[:, span])
         return self._scales[place], self._zeros[place]
 
     def all(self) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.quantize.grid import require_finite
 
+FACTOR_BLOCK = 128
+"""Columns that ``inverse_factor`` works off at a time."""
+
 
 @torch.no_grad()
 def accumulate_hessian(inputs: Tensor, weights: Tensor) -> Tensor:
@@ -67,23 +70,43 @@ def shrink_hessian(hessian: Tensor, tokens: int) -> Tensor:
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """The upper triangular R with ``R^T R = (H + damp * mean(diagonal) * 1)^-1``, float32 ``[E, I, I]``.
 
-    H reversed in both directions factors as ``L L^T``; L reversed is upper triangular, and R is its inverse:
-    one Cholesky and one triangular solve, in float64, without forming the inverse itself.
+    H reversed in both directions factors as ``L L^T``; L reversed is upper triangular, and R is its inverse. In
+    float64, without forming the inverse of H itself.
     """
-    damped = hessian.to(torch.float64, copy=True)
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)  # a view: writes go to damped
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1).to(torch.float64)
     live = diagonal != 0
-    mean = (diagonal * live).sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
+    mean = diagonal.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    diagonal += torch.where(live, damp * mean, mean)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-    if bool(info.any()):
-        failed = int(info.nonzero()[0])
+    damped = hessian.flip(-2, -1).to(torch.float64)
+    damped.diagonal(dim1=-2, dim2=-1).add_(torch.where(live, damp * mean, mean).flip(-1))
+    inverse, failed = _inverse_cholesky(damped)
+    if bool(failed.any()):
         raise ExpertFlowError(
-            f"the Hessian of matrix {failed} of {info.numel()} is not positive semidefinite: "
+            f"the Hessian of matrix {int(failed.nonzero()[0])} of {len(failed)} is not positive semidefinite: "
             f"dampening {damp} did not help; pass sums of x x^T as accumulate_hessian makes them"
         )
-    upper = lower.flip(-2, -1)
-    identity = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device).expand_as(upper)
-    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return factor.to(torch.float32)
+    return inverse.flip(-2, -1).to(torch.float32)
+
+
+def _inverse_cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``L^-1`` of ``matrix [E, I, I] = L L^T``, which is overwritten, and which of them failed, bool ``[E]``.
+
+    In blocks of columns: all but the small blocks on the diagonal is batched products, which GPUs do at full rate;
+    their batched factorizations of large matrices are many times slower.
+    """
+    size = matrix.shape[-1]
+    inverse = torch.zeros_like(matrix)
+    failed = torch.zeros(len(matrix), dtype=torch.bool, device=matrix.device)
+    for start in range(0, size, FACTOR_BLOCK):
+        here = slice(start, min(start + FACTOR_BLOCK, size))
+        behind = slice(here.stop, size)
+        factor, info = torch.linalg.cholesky_ex(matrix[:, here, here])
+        failed |= info != 0
+        identity = torch.eye(factor.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(factor)
+        own = torch.linalg.solve_triangular(factor, identity, upper=False)
+        below = matrix[:, behind, here] @ own.mT
+        matrix[:, behind, behind] -= below @ below.mT
+        matrix[:, behind, here] = below
+        inverse[:, here, :start] = -own @ (matrix[:, here, :start] @ inverse[:, :start, :start])
+        inverse[:, here, here] = own
+    return inverse, failed

@@ -1,10 +1,12 @@
 """Rounding to nearest: every weight to the closest level of its group's grid. Needs no data."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from expertflow_quant.formats import ExpertFlowError, Format
-from expertflow_quant.quantize.grid import ScaleRule, encode, fit_grid, require_finite
+from expertflow_quant.quantize.grid import ScaleRule, decode, encode, fit_grid, require_finite
 from expertflow_quant.quantize.matrix import QuantizedMatrix
 
 
@@ -18,11 +20,66 @@ def quantize_rtn(weight: Tensor, format: Format, *, scales: ScaleRule = "absmax"
     if weight.ndim != 2:
         raise ExpertFlowError(f"weight {tuple(weight.shape)} is not a matrix: pass [out, in], one expert at a time")
     require_finite(weight=weight)
-    rows, columns = weight.shape
-    grouped = weight.to(torch.float32).contiguous().view(rows, format.groups(columns), -1)
-    group_scales, zeros = fit_grid(grouped, format, scales)
-    codes = encode(grouped, group_scales.unsqueeze(-1), zeros.unsqueeze(-1), format)
-    return QuantizedMatrix(codes.view(rows, columns), group_scales, None if format.symmetric else zeros, format)
+    return Rounded.of(weight.to(torch.float32).contiguous()[None], format, scales).matrices()[0]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Matrices of one shape side by side, not checked: codes uint8 ``[E, O, G, columns per group]``, scales fp16 and
+    zeros uint8 ``[E, O, G]``."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    format: Format
+
+    @classmethod
+    def of(cls, weight: Tensor, format: Format, rule: ScaleRule) -> "Rounded":
+        """Float32 ``weight [E, O, I]`` rounded."""
+        return cls.of_groups(in_groups(weight, format), format, rule)
+
+    @classmethod
+    def of_groups(cls, grouped: Tensor, format: Format, rule: ScaleRule) -> "Rounded":
+        """Float32 ``grouped [E, O, G, columns per group]`` rounded."""
+        scales, zeros = fit_grid(grouped, format, rule)
+        codes = encode(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), format)
+        return cls(codes, scales, zeros, format)
+
+    def groups(self) -> Tensor:
+        """The values, float32 in the shape of the codes."""
+        return decode(self.codes, self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1))
+
+    def values(self) -> Tensor:
+        """The values as matrices, float32 ``[E, O, I]``."""
+        return self.groups().flatten(-2)
+
+    def matrices(self) -> list[QuantizedMatrix]:
+        codes = self.codes.flatten(-2)
+        return [
+            QuantizedMatrix(
+                codes[expert].contiguous(),
+                self.scales[expert].contiguous(),
+                None if self.format.symmetric else self.zeros[expert].contiguous(),
+                self.format,
+            )
+            for expert in range(len(codes))
+        ]
+
+    def where(self, chosen: Tensor, other: "Rounded") -> "Rounded":
+        """These matrices where ``chosen [E]``, else the other's."""
+        mask = chosen[:, None, None]
+        return Rounded(
+            torch.where(mask.unsqueeze(-1), self.codes, other.codes),
+            torch.where(mask, self.scales, other.scales),
+            torch.where(mask, self.zeros, other.zeros),
+            self.format,
+        )
+
+
+def in_groups(matrix: Tensor, format: Format) -> Tensor:
+    """``[..., I]`` as ``[..., G, columns per group]``."""
+    columns = matrix.shape[-1]
+    return matrix.reshape(*matrix.shape[:-1], format.groups(columns), format.columns_per_group(columns))
 
 
 def require_int(format: Format, method: str) -> None:

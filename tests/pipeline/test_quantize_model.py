@@ -133,7 +133,7 @@ def test_gptq_in_small_batches_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     stream = ModelStream(save_model("qwen3_moe", tmp_path / "model"))
     observations = observe(stream, "qwen3_moe")
     quantize_model(stream, tmp_path / "whole", method="gptq", plan=INT4, observations=observations)
-    monkeypatch.setattr(methods, "GPTQ_BYTES", {})
+    monkeypatch.setattr(methods, "BATCH_BYTES", {"cpu": 1})
     quantize_model(stream, tmp_path / "single", method="gptq", plan=INT4, observations=observations)
     names = [name for name in tree(tmp_path / "whole") if name.startswith("experts/")]
     whole, single = (CheckpointReader(tmp_path / name) for name in ("whole", "single"))

@@ -1,0 +1,3 @@
+from helpers.interpreted import device
+
+__all__ = ["device"]

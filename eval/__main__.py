@@ -30,6 +30,7 @@ from eval.schedule.command import schedule
 from eval.speed.command import speed
 from eval.stats import CONFIDENCE, MARGIN_DENSE, MARGIN_OWN, RESAMPLES
 from eval.tasks import Task, generated_tasks
+from eval.verdict.command import calibrate_verdict
 
 JUDGE = "judge"
 
@@ -47,6 +48,7 @@ app.command()(speed)
 app.command()(predict)
 app.command()(cache)
 app.command()(schedule)
+app.command("calibrate-verdict")(calibrate_verdict)
 RESULTS = Path(__file__).parent / "results"
 
 

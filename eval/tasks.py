@@ -1,7 +1,8 @@
 """What is asked: a task is a name, a metric and items in a fixed order, each with its prompt and answers.
 
-The generated charts and documents are built in. Anything else (ChartQA, DocVQA from files) becomes a ``Task``
-by giving items with the attributes of ``TaskItem``; nothing downstream asks where they came from.
+The generated charts and documents are built in; ChartQA, DocVQA and their kin come from files (``eval.data``).
+Anything becomes a ``Task`` by giving items with the attributes of ``TaskItem``; nothing downstream asks where they
+came from.
 """
 
 import hashlib
@@ -16,7 +17,8 @@ GENERATED = {"chart": ("charts", RELAXED_ACCURACY), "document": ("documents", AN
 
 
 class TaskItem(Protocol):
-    """One question about one image; ``messages`` is the whole conversation that the model is given."""
+    """One question about one image; ``messages`` is the whole conversation that the model is given, and ``prompt``
+    the text in it. ``messages`` of a damaged row raises."""
 
     @property
     def id(self) -> str: ...
@@ -30,6 +32,8 @@ class TaskItem(Protocol):
     def question(self) -> str: ...
     @property
     def answers(self) -> tuple[str, ...]: ...
+    @property
+    def prompt(self) -> str: ...
     @property
     def messages(self) -> list[dict[str, Any]]: ...
     @property
@@ -58,14 +62,18 @@ class Task:
         """SHA-1 of everything that can change a score: ids, images, prompts, answers, token limits."""
         digest = hashlib.sha1()
         for item in self.items:
-            texts = [part for message in item.messages for part in _texts(message["content"])]
-            digest.update(repr((item.id, item.image_key, texts, item.answers, item.max_new_tokens)).encode())
+            digest.update(repr((item.id, item.image_key, [item.prompt], item.answers, item.max_new_tokens)).encode())
         return digest.hexdigest()
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Why rows cannot be asked, by id; they score 0."""
+        return {item.id: damage for item in self.items if (damage := getattr(item, "damage", None)) is not None}
 
     @property
     def description(self) -> dict[str, Any]:
         """The settings that go into every result of this task."""
-        return {
+        described = {
             "name": self.name,
             "metric": self.metric.name,
             "source": self.source,
@@ -73,6 +81,7 @@ class Task:
             "images": len({item.image_key for item in self.items}),
             "fingerprint": self.fingerprint,
         }
+        return described | ({"damaged": self.damaged} if self.damaged else {})
 
 
 def generated_task(name: str, items: int, seed: int = 0) -> Task:
@@ -87,7 +96,3 @@ def generated_task(name: str, items: int, seed: int = 0) -> Task:
 def generated_tasks(items: int, seed: int = 0) -> list[Task]:
     """Both generated tasks, ``items`` questions each."""
     return [generated_task(name, items, seed) for name in GENERATED]
-
-
-def _texts(content: str | list[dict[str, Any]]) -> list[str]:
-    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]

@@ -28,6 +28,10 @@ class FakeItem:
         return f"Question {self.id}?"
 
     @property
+    def prompt(self) -> str:
+        return self.question
+
+    @property
     def messages(self) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [{"type": "text", "text": self.question}]}]
 

@@ -12,10 +12,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from eval.cache.command import cache
-from eval.judge import Comparison, Judgement, System, compare, judge
+from eval.comparison import Comparison, compare
+from eval.judge import Judgement, System, judge
 from eval.plots import judgement_figure, save
 from eval.predict.command import predict
 from eval.provenance import provenance
+from eval.quantize_speed.command import quantize_speed
 from eval.report import (
     comparisons_table,
     items_to_decide,
@@ -48,6 +50,7 @@ app.command()(speed)
 app.command()(predict)
 app.command()(cache)
 app.command()(schedule)
+app.command()(quantize_speed)
 app.command("calibrate-verdict")(calibrate_verdict)
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from eval.ask import ask, served
-from eval.judge import Comparison, Judgement, System, compare, load_judgement
+from eval.comparison import Comparison, compare
+from eval.judge import Judgement, System, load_judgement
 from eval.metrics import relaxed_accuracy
 from eval.plots import comparison_figure, save
 from eval.pool import ROOT, Job, JobError, Pool, library_command

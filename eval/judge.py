@@ -1,11 +1,10 @@
-"""Judge one system: load it, ask it everything, keep what it answered and what it cost; compare two
-systems."""
+"""Judge one system: load it, ask it everything, keep what it answered and what it cost."""
 
 import gc
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from eval.metrics import METRICS_VERSION
 from eval.provenance import device_name, model_fingerprint, short_path, versions
 from eval.records import ItemResult, ResultsFile, read_results
 from eval.runner import Answerer, Batch, answer_batch, run_tasks
-from eval.stats import PairedDifference, paired_difference
 from eval.tasks import Task
 
 MANIFEST = "manifest.json"
@@ -122,29 +120,6 @@ class Judgement:
         }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A system against a baseline on one task, with the margin fixed beforehand."""
-
-    system: str
-    baseline: str
-    task: str
-    margin: float
-    difference: PairedDifference
-    same_predictions: int
-
-    @property
-    def verdict(self) -> str:
-        """Superior, non-inferior, inferior or inconclusive at the margin."""
-        return self.difference.verdict(self.margin)
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, with the verdict and how many items would decide."""
-        head = {name: getattr(self, name) for name in ("system", "baseline", "task", "margin", "same_predictions")}
-        tail = {"verdict": self.verdict, "items_to_decide": self.difference.items_to_decide(self.margin)}
-        return head | asdict(self.difference) | tail
-
-
 def open_engine(system: System, device: str) -> Answerer:
     """Load a system with the library, or connect to its endpoint."""
     import expertflow_quant
@@ -212,25 +187,6 @@ def settings_of(system: System, tasks: Sequence[Task], batch_size: int, device: 
         "versions": versions(),
         "metrics_version": METRICS_VERSION,
     }
-
-
-def compare(system: Judgement, baseline: Judgement, margin: float, seed: int = 0) -> list[Comparison]:
-    """Paired differences per task. Raises ValueError unless both answered the same items in the same
-    order."""
-    ours, theirs = ([(r.task, r.id) for r in side.results] for side in (system, baseline))
-    if ours != theirs:
-        raise ValueError(
-            f"{system.system.label} answered {len(ours)} items and {baseline.system.label} {len(theirs)}, "
-            "not the same ones in the same order: judge both with the same tasks, number of items and seed"
-        )
-    comparisons = []
-    for task in dict.fromkeys(name for name, _ in ours):
-        mine, other = system.of_task(task), baseline.of_task(task)
-        keys = [result.image_key for result in mine]
-        difference = paired_difference([r.score for r in mine], [r.score for r in other], keys, seed=seed)
-        same = sum(a.prediction == b.prediction for a, b in zip(mine, other, strict=True))
-        comparisons.append(Comparison(system.system.label, baseline.system.label, task, margin, difference, same))
-    return comparisons
 
 
 def _costs_path(folder: Path, system: System) -> Path:

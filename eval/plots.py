@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from eval.judge import Comparison, Judgement
+from eval.comparison import Comparison
+from eval.judge import Judgement
 from eval.tasks import Task
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eval.judge import Comparison, Judgement
-from eval.stats import INCONCLUSIVE, INFERIOR, NON_INFERIOR, SUPERIOR
+from eval.comparison import Comparison, overall_verdict, pairs_of
+from eval.judge import Judgement
+from eval.stats import INCONCLUSIVE, INFERIOR, NON_INFERIOR, PASSED, SUPERIOR
 from eval.tasks import Task
 
 COLORS = {SUPERIOR: "green", NON_INFERIOR: "green", INFERIOR: "red", INCONCLUSIVE: "yellow"}
@@ -58,11 +59,8 @@ def items_to_decide(comparisons: Sequence[Comparison]) -> int | None:
 
 def overall_verdicts(comparisons: Sequence[Comparison]) -> dict[str, bool]:
     """For every pair of systems: whether every task passed (so no correction for several tests is needed)."""
-    passed: dict[str, bool] = {}
-    for comparison in comparisons:
-        pair = f"{comparison.system} - {comparison.baseline}"
-        passed[pair] = passed.get(pair, True) and comparison.verdict in (SUPERIOR, NON_INFERIOR)
-    return passed
+    pairs = pairs_of(comparisons).items()
+    return {f"{system} - {baseline}": overall_verdict(found) in PASSED for (system, baseline), found in pairs}
 
 
 def table_cells(

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import eval.judge
 from eval.__main__ import app
-from eval.judge import System, compare, judge, load_judgement
+from eval.comparison import compare
+from eval.judge import System, judge, load_judgement
 from eval.plots import comparison_figure, judgement_figure, save
 from eval.provenance import git_state, model_fingerprint, provenance
 from eval.records import ResultsError

@@ -2,8 +2,9 @@
 
 from typer.testing import CliRunner
 
+from eval.comparison import compare
 from eval.identical import MINIMUM, app, check_budgets, first_items
-from eval.judge import System, compare, judge
+from eval.judge import System, judge
 from eval.tasks import generated_tasks
 
 TASKS = generated_tasks(3)

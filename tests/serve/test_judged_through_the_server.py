@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from eval.comparison import compare
 from eval.endpoint import Endpoint
-from eval.judge import System, compare, judge
+from eval.judge import System, judge
 from eval.tasks import generated_tasks
 from expertflow_quant import Engine
 

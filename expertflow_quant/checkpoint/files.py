@@ -15,9 +15,9 @@ _HASH_BLOCK = 1 << 22
 Chunk = bytes | memoryview
 
 
-def write_durably(path: Path, chunks: Iterable[Chunk]) -> tuple[int, str]:
+def write_durably(path: Path, chunks: Iterable[Chunk], sync: bool = True) -> tuple[int, str]:
     """Writes ``chunks`` to ``path`` so that the name only ever shows the whole file; returns (bytes, sha256
-    hex).
+    hex). Without ``sync`` only as long as the system does not go down.
 
     Raises CheckpointError naming the file when the disk is full or refuses.
     """
@@ -31,9 +31,11 @@ def write_durably(path: Path, chunks: Iterable[Chunk]) -> tuple[int, str]:
                 digest.update(chunk)
                 nbytes += len(chunk)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path} (stopped after {nbytes} bytes): {error.strerror or error}: make room or "

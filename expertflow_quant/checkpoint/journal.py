@@ -1,6 +1,7 @@
 """What an unfinished run has done so far, so that the same run can go on and a different one cannot."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,11 +14,15 @@ _ABSENT = "not set"
 
 
 class Journal:
-    """The folder ``.journal`` in an unfinished checkpoint: the job (all that decides the bytes) and an
-    entry a file."""
+    """The folder ``.journal`` in an unfinished checkpoint: the job (all that decides the bytes), an entry a
+    file, and ``scratch``, a folder for what the run wants to find again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / JOURNAL_FOLDER
+
+    @property
+    def scratch(self) -> Path:
+        return self.folder / "scratch"
 
     @property
     def exists(self) -> bool:
@@ -54,15 +59,21 @@ class Journal:
         """Empties the journal, the job first; its folder stays and marks the checkpoint as ours."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path(_JOB).unlink(missing_ok=True)
+        self._remove_scratch()
         for path in self.folder.iterdir():
             path.unlink()
 
     def remove(self) -> None:
         """Removes the journal, the job last, so that a half-removed one still says whose it was."""
         if self.folder.is_dir():
+            self._remove_scratch()
             for path in sorted(self.folder.iterdir(), key=lambda path: path == self._path(_JOB)):
                 path.unlink()
             self.folder.rmdir()
+
+    def _remove_scratch(self) -> None:
+        if self.scratch.is_dir():
+            shutil.rmtree(self.scratch)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"

@@ -32,6 +32,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class TensorPlace:
     nbytes: int
 
 
-def write_tensors(path: Path, tensors: Sequence[PendingTensor]) -> tuple[int, str]:
+def write_tensors(path: Path, tensors: Sequence[PendingTensor], sync: bool = True) -> tuple[int, str]:
     """Writes a safetensors file in the given order; returns (bytes, sha256 hex). Equal tensors give equal
-    bytes.
+    bytes. ``sync`` as in ``write_durably``.
 
     Raises CheckpointError when a tensor is not what was announced, has a dtype safetensors lacks, or the
     disk refuses.
@@ -77,7 +78,7 @@ def write_tensors(path: Path, tensors: Sequence[PendingTensor]) -> tuple[int, st
         for pending in tensors:
             yield _bytes_of(pending, path)
 
-    return write_durably(path, chunks())
+    return write_durably(path, chunks(), sync)
 
 
 def read_header(path: Path) -> dict[str, TensorPlace]:
@@ -100,6 +101,21 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
     if end != size:
         raise CheckpointError(_damaged(path, f"its tensors end at byte {end} of {size}"))
     return places
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file that ``write_tensors`` wrote, in memory. Raises CheckpointError for a damaged file."""
+    tensors = {}
+    for name, place in read_header(path).items():
+        data = torch.empty(place.nbytes, dtype=torch.uint8)
+        try:
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                file.readinto(data.numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror or error}: restore the file") from error
+        tensors[name] = data.view(DTYPES[place.dtype]).view(place.shape)
+    return tensors
 
 
 def _header(tensors: Sequence[PendingTensor]) -> bytes:

@@ -31,8 +31,8 @@ manifest.json::
      "made": {method, plan, calibration, options, versions of the packages}}
 
 No time, host or path is stored: equal input gives equal bytes. While a run is unfinished the folder
-``.journal`` holds the job (all that decides the bytes) and an entry for every finished file; files appear
-under their names only whole.
+``.journal`` holds the job (all that decides the bytes), an entry for every finished file, and activations of the
+calibration data behind the last finished layer; files appear under their names only whole.
 """
 
 import contextlib
@@ -93,6 +93,11 @@ class CheckpointWriter:
                 f"replace it or choose another folder"
             )
         self._journal.begin(job)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder in which the run may keep what it wants to find again when it goes on; gone in the end."""
+        return self._journal.scratch
 
     def finished(self) -> Manifest | None:
         """The manifest, when an earlier run of this job wrote it but was stopped before it could tidy up."""

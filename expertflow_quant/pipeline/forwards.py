@@ -1,19 +1,20 @@
-"""Model forwards that stop at every MoE layer until they are told what its experts answer.
+"""Where a model that is observed asks what its experts answer, and forwards that wait there.
 
-Calibration wants all samples at one layer before any goes on to the next: then each layer's experts are read
-once, and the activations of one layer are all that is kept. So each batch's forward runs on a thread of its
-own that waits inside the experts call; threads serve as coroutines here. The model runs as it is; nothing
-needs to know what lies between two MoE layers.
+Usually (``replay``) a forward is run from block to block and answered at once. Where a model's blocks cannot be
+run apart, all samples meet instead: each batch's forward runs on a thread of its own that waits inside the
+experts call until it is told the answer; threads serve as coroutines here, and what lies on their stacks stays
+in memory. The model runs as it is; nothing needs to know what lies between two MoE layers.
 
 On the CPU as many forwards run at a time as torch has threads, each on one thread alone: were torch to give
 each its own pool, the waiting pools would slow down everything else threefold.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from expertflow_quant.formats.errors import ExpertFlowError
 
 EXPERTS_FUNCTION = "expertflow-observe"
+_RUNNING = threading.local()
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,25 @@ class ExpertsCall:
     top_k_index: Tensor
     top_k_weights: Tensor
     scores: Tensor | None
+
+
+class Observer(Protocol):
+    """What watches the forward that runs on this thread; ``scores``: the router's, of the next experts call."""
+
+    scores: Tensor | None
+
+    def answer(self, call: ExpertsCall) -> Tensor:
+        """What the experts answer, ``[T, H]``."""
+
+
+@contextlib.contextmanager
+def observed_by(observer: Observer) -> Iterator[None]:
+    """Forwards on this thread are watched by ``observer`` for as long as this lasts."""
+    _RUNNING.observer = observer
+    try:
+        yield
+    finally:
+        del _RUNNING.observer
 
 
 class _Abandoned(BaseException):
@@ -69,7 +90,7 @@ class Forward(threading.Thread):
         if self._error is not None:
             raise self._error
 
-    def pause(self, call: ExpertsCall) -> Tensor:
+    def answer(self, call: ExpertsCall) -> Tensor:
         """Called on the forward's own thread: waits for the experts' answer ``[T, H]``."""
         self.call = call
         self._paused.release()
@@ -90,7 +111,7 @@ class Forward(threading.Thread):
         try:
             if self._alone:
                 torch.set_num_threads(1)
-            with torch.no_grad():
+            with torch.no_grad(), observed_by(self):
                 self.batch = self._make_batch()
                 self._model(**self.batch, use_cache=False)
         except _Abandoned:
@@ -104,9 +125,9 @@ class Forward(threading.Thread):
 
 def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers calls for the experts of a model that is being observed."""
-    forward = _current()
-    scores, forward.scores = forward.scores, None
-    return forward.pause(ExpertsCall(module, hidden, top_k_index, top_k_weights, scores))
+    observer = current_observer()
+    scores, observer.scores = observer.scores, None
+    return observer.answer(ExpertsCall(module, hidden, top_k_index, top_k_weights, scores))
 
 
 def watch_router(router: nn.Module, experts: int) -> Any:
@@ -116,7 +137,7 @@ def watch_router(router: nn.Module, experts: int) -> Any:
         outputs = output if isinstance(output, (tuple, list)) else (output,)
         for value in outputs:
             if isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] == experts:
-                _current().scores = value.reshape(-1, experts)
+                current_observer().scores = value.reshape(-1, experts)
                 return
 
     return router.register_forward_hook(note)
@@ -143,13 +164,14 @@ class Forwards:
         torch.set_num_threads(self._threads)  # new threads begin with the number that was set last
 
 
-def _current() -> Forward:
-    thread = threading.current_thread()
-    if not isinstance(thread, Forward):
+def current_observer() -> Observer:
+    """What watches the forward that runs on this thread."""
+    observer: Observer | None = getattr(_RUNNING, "observer", None)
+    if observer is None:
         raise ExpertFlowError(
             f"a model prepared with {EXPERTS_FUNCTION!r} only runs while it is observed: load it anew to use it"
         )
-    return thread
+    return observer
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, experts_forward)

@@ -1,16 +1,16 @@
-"""What calibration data shows each expert: the rows it is given, and how much each of them counts.
+"""Runs a model over calibration data, layer by layer, and hands on what each MoE layer shows (``observed``).
 
-The model runs in full precision; samples meet at every MoE layer (``forwards``), so one layer's activations
-are held at a time. An expert's row counts with the router's affinity, for that is what multiplies its
-output, times the square root of its modality's weight (errors are squared): image tokens far outnumber text
-tokens and matter less one by one, so text gets ``text_share`` of the total weight. An expert with fewer than
-``min_tokens`` tokens is given, on top, the tokens that come closest to choosing it, by the distance of the
-router's score to the lowest chosen one.
+The model runs in full precision. Usually every batch goes from one MoE layer to the next at a time and its
+activations lie on disk in between (``replay``); where a model's blocks cannot be run apart, the batches' forwards
+wait for each other in memory (``forwards``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+import tempfile
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,98 +19,22 @@ from torch import Tensor, nn
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import ExpertWeights, expert_product
 from expertflow_quant.models.seams import find_router
+from expertflow_quant.pipeline.activations import Activations
 from expertflow_quant.pipeline.backbone import load_backbone
 from expertflow_quant.pipeline.batches import Batch, CalibrationData
 from expertflow_quant.pipeline.forwards import ExpertsCall, Forward, Forwards, watch_router
+from expertflow_quant.pipeline.observed import (
+    ExpertRows,
+    Gathered,
+    ObservedLayer,
+    ObserveOptions,
+    Tokens,
+    expert_places,
+)
+from expertflow_quant.pipeline.replay import NotReplayable, Replay, find_chain
 from expertflow_quant.pipeline.stream import ModelStream, MoELayer
 
-IMAGE_TOKEN_NAMES = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-
-
-@dataclass(frozen=True)
-class ObserveOptions:
-    """``min_tokens``: below so many routed tokens an expert is also given the closest ones. ``text_share``:
-    text tokens' part of the total weight where there are image tokens too; None weighs all tokens alike."""
-
-    min_tokens: int = 256
-    text_share: float | None = 0.5
-
-    def __post_init__(self) -> None:
-        if self.min_tokens < 0:
-            raise ExpertFlowError(f"min_tokens {self.min_tokens} must not be below 0 (256 is usual)")
-        if self.text_share is not None and not 0 < self.text_share < 1:
-            raise ExpertFlowError(
-                f"text_share {self.text_share} must lie between 0 and 1 (0.5 is usual), or be None for raw counts"
-            )
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """One expert's calibration rows: inputs ``[N, H]``, weights float32 ``[N]`` (they multiply its output's
-    error), ``tokens`` routed to it, and ``coverage``: "routed", "closest" (rows beyond those tokens) or
-    "none" (N is 0)."""
-
-    inputs: Tensor
-    weights: Tensor
-    tokens: int
-    coverage: str
-
-    def thinned(self, limit: int) -> "ExpertRows":
-        """At most ``limit`` rows, evenly spaced."""
-        count = self.inputs.shape[0]
-        if count <= limit:
-            return self
-        kept = torch.linspace(0, count - 1, limit, dtype=torch.float64, device=self.inputs.device).round().long()
-        return ExpertRows(self.inputs[kept], self.weights[kept], self.tokens, self.coverage)
-
-
-@dataclass(frozen=True)
-class ObservedLayer:
-    """All calibration tokens at one MoE layer, padding removed.
-
-    ``hidden [T, H]``, chosen ``index [T, k]``, ``affinity [T, k]``, router ``scores [T, E]`` (None where the
-    router could not be watched), ``importance [T]`` float32 (modality weight, mean 1).
-    """
-
-    layer: MoELayer
-    hidden: Tensor
-    index: Tensor
-    affinity: Tensor
-    scores: Tensor | None
-    importance: Tensor
-    min_tokens: int
-
-    @property
-    def counts(self) -> list[int]:
-        """Tokens routed to each expert."""
-        return [len(places) for places in self._places]
-
-    def rows(self, expert: int) -> ExpertRows:
-        """The calibration rows of one expert: its own tokens, then, if these are few, the closest others."""
-        places = self._places[expert]
-        tokens = places // max(self.index.shape[1], 1)
-        affinity = self.affinity.reshape(-1)[places].float()
-        enough = len(places) >= max(self.min_tokens, 1)
-        coverage = "routed" if enough else "few" if len(places) else "none"
-        if not enough and len(closest := self._closest(expert, tokens)):
-            tokens = torch.cat([tokens, closest])
-            affinity = torch.cat([affinity, self.affinity[closest].float().amin(1)])
-            coverage = "closest"
-        weights = affinity * self.importance[tokens].sqrt()
-        return ExpertRows(self.hidden[tokens], weights, len(places), coverage)
-
-    @cached_property
-    def _places(self) -> Sequence[Tensor]:
-        return _places(self.index, self.layer.experts)
-
-    def _closest(self, expert: int, own: Tensor) -> Tensor:
-        wanted = min(self.min_tokens, self.index.shape[0]) - len(own)
-        if self.scores is None or wanted <= 0:
-            return own[:0]
-        chosen = self.index.clamp(max=self.layer.experts - 1)
-        margin = self.scores[:, expert] - self.scores.gather(1, chosen).amin(1)
-        margin[own] = -torch.inf
-        return margin.argsort(descending=True, stable=True)[:wanted].sort().values
+__all__ = ["ExpertRows", "Observations", "ObserveOptions", "ObservedLayer", "answers", "in_dtype"]
 
 
 class Observations:
@@ -133,7 +57,7 @@ class Observations:
         self.stream, self.data, self.options = stream, data, options or ObserveOptions()
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self._keep = keep
+        self.keep = keep
         self._kept: list[ObservedLayer] = []
 
     def about(self) -> dict[str, object]:
@@ -147,61 +71,73 @@ class Observations:
             "device": self.device.type,
         }
 
-    def layers(self) -> Iterator[ObservedLayer]:
-        """Every MoE layer in order. Raises ExpertFlowError when the model runs its layers in another
-        order."""
+    def layers(self, first: int = 0, folder: Path | None = None) -> Iterator[ObservedLayer]:
+        """Every MoE layer in order, from layer ``first`` on. In ``folder`` activations lie while this goes on (else in
+        one for temporary files); those of an earlier pass that was stopped are used there, if nothing that decides
+        them (``about``) has changed. Raises ExpertFlowError when the model runs its layers in another order."""
         if self._kept:
-            yield from self._kept
+            yield from self._kept[first:]
             return
         seen = []
-        for observed in _observe(self):
-            if self._keep:
-                seen.append(observed)
-            if len(seen) == len(self.stream.layers):
-                self._kept = seen
-            yield observed
+        with ExitStack() as stack:
+            temporary = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="expertflow-")))
+            store = Activations(temporary, durable=folder is not None)
+            for observed in stack.enter_context(closing(_observe(self, first, store))):
+                if self.keep:
+                    seen.append(observed)
+                if len(seen) == len(self.stream.layers):
+                    self._kept = seen
+                yield observed
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Of one batch, flattened ``[B * S]``: the tokens that are not padding, and those that are text."""
-
-    valid: Tensor
-    text: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, config: Any) -> "_Tokens":
-        ids = batch["input_ids"].reshape(-1)
-        valid = batch.get("attention_mask", torch.ones_like(ids)).reshape(-1).bool()
-        if "mm_token_type_ids" in batch:
-            return cls(valid, batch["mm_token_type_ids"].reshape(-1) == 0)
-        special = [value for name in IMAGE_TOKEN_NAMES if isinstance(value := getattr(config, name, None), int)]
-        return cls(valid, ~torch.isin(ids, torch.tensor(special, dtype=ids.dtype, device=ids.device)))
-
-
-def _observe(wanted: Observations) -> Iterator[ObservedLayer]:
+def _observe(wanted: Observations, first: int, store: Activations) -> Generator[ObservedLayer]:
     stream = wanted.stream
     model = load_backbone(stream, wanted.device, wanted.dtype)
-    modules = [model.get_submodule(layer.module) for layer in stream.layers]
     routers = [(find_router(model, layer.module), layer.experts) for layer in stream.layers]
     hooks = [watch_router(router, experts) for router, experts in routers if router is not None]
-    forwards = Forwards(
-        model, [partial(_on_device, make, wanted.device) for make in wanted.data.batches], wanted.device
-    )
+    batches = [partial(_on_device, make, wanted.device) for make in wanted.data.batches]
+    gathered = partial(Gathered, options=wanted.options, on_disk=None if wanted.keep else store)
+    try:
+        if (chain := find_chain(model, stream.layers)) is not None:
+            replay = Replay(model, chain, stream, batches, store, partial(answers, stream), gathered)
+            try:
+                for observed in replay.layers(first):
+                    yield observed
+                    first = observed.layer.index + 1
+                return
+            except NotReplayable as why:
+                warnings.warn(f"all calibration activations are held in memory: {why}", stacklevel=2)
+            finally:
+                replay.close()
+        for observed in _meet(model, stream, Forwards(model, batches, wanted.device), gathered):
+            if observed.layer.index >= first:
+                yield observed
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _meet(
+    model: Any, stream: ModelStream, forwards: Forwards, gathered: Callable[[MoELayer], Gathered]
+) -> Iterator[ObservedLayer]:
+    """All batches wait at every layer until all have come there."""
+    modules = [model.get_submodule(layer.module) for layer in stream.layers]
     try:
         forwards.resume(dict.fromkeys(forwards.all))
-        tokens = {forward: _Tokens.of(forward.batch, stream.config) for forward in forwards.all}
+        tokens = {forward: Tokens.of(forward.batch, stream.config) for forward in forwards.all}
         for layer, module in zip(stream.layers, modules, strict=True):
             here = [forward for forward in forwards.all if _at(forward) is module]
-            calls = [forward.call for forward in here if forward.call is not None]
-            yield _join(layer, calls, [tokens[forward] for forward in here], wanted)
+            seen = gathered(layer)
+            for forward in here:
+                if forward.call is not None:
+                    seen.add(forward.call, tokens[forward], forwards.all.index(forward))
+            yield seen.layer_observed()
             if module is not modules[-1]:
-                forwards.resume(dict(zip(here, _answers(stream, layer, calls), strict=True)))
+                calls = [forward.call for forward in here if forward.call is not None]
+                forwards.resume(dict(zip(here, answers(stream, layer, calls), strict=True)))
                 _refuse_going_back(forwards.all, modules[: layer.index + 1], layer)
     finally:
         forwards.close()
-        for hook in hooks:
-            hook.remove()
 
 
 def _on_device(make_batch: Callable[[], Batch], device: torch.device) -> Batch:
@@ -220,60 +156,16 @@ def _refuse_going_back(forwards: Sequence[Forward], done: Sequence[nn.Module], l
         )
 
 
-def _join(
-    layer: MoELayer, calls: Sequence[ExpertsCall], tokens: Sequence[_Tokens], wanted: Observations
-) -> ObservedLayer:
-    """The calls of all batches at one layer, without padding."""
-    if not calls:
-        empty = torch.zeros(0, layer.top_k, device=wanted.device)
-        hidden = torch.zeros(0, layer.shape.hidden, dtype=wanted.dtype, device=wanted.device)
-        return ObservedLayer(layer, hidden, empty.long(), empty, None, empty[:, 0], wanted.options.min_tokens)
-    aligned = all(call.hidden.shape[0] == len(of.valid) for call, of in zip(calls, tokens, strict=True))
-    valid = [of.valid if aligned else slice(None) for of in tokens]
-
-    def joined(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part[kept] for part, kept in zip(parts, valid, strict=True)])
-
-    scores = [call.scores for call in calls if call.scores is not None]
-    watched = [part.shape[0] for part in scores] == [call.hidden.shape[0] for call in calls]
-    index = joined([call.top_k_index for call in calls])
-    text = joined([of.text for of in tokens]) if aligned else torch.ones(len(index), dtype=torch.bool)
-    return ObservedLayer(
-        layer,
-        joined([call.hidden for call in calls]),
-        index,
-        joined([call.top_k_weights for call in calls]),
-        joined(scores).float() if watched else None,
-        _importance(text, wanted.options.text_share).to(index.device),
-        wanted.options.min_tokens,
-    )
-
-
-def _places(index: Tensor, experts: int) -> Sequence[Tensor]:
-    """Per expert the (token, k) pairs that chose it, as places in the flattened ``index [T, k]``."""
-    flat = index.reshape(-1)
-    return torch.split(flat.argsort(stable=True), flat.bincount(minlength=experts).tolist())[:experts]
-
-
-def _importance(text: Tensor, text_share: float | None) -> Tensor:
-    """Weights float32 ``[T]`` with mean 1 of which text tokens together hold ``text_share``."""
-    count, of_text = len(text), int(text.sum())
-    if text_share is None or of_text in (0, count):
-        return torch.ones(count)
-    each_text, each_other = text_share * count / of_text, (1 - text_share) * count / (count - of_text)
-    return torch.where(text, each_text, each_other).float()
-
-
-def _answers(stream: ModelStream, layer: MoELayer, calls: Sequence[ExpertsCall]) -> Sequence[Tensor]:
-    """What the layer's experts answer in full precision, each expert read once; summed in expert order in
-    float32."""
+def answers(stream: ModelStream, layer: MoELayer, calls: Sequence[ExpertsCall]) -> Sequence[Tensor]:
+    """What the layer's experts answer in full precision, ``[T, H]`` of each call; each expert is read once, and
+    products are summed in expert order in float32."""
     if not calls:
         return []
     hidden = torch.cat([call.hidden for call in calls])
     index = torch.cat([call.top_k_index for call in calls])
     affinity = torch.cat([call.top_k_weights for call in calls]).reshape(-1).float()
     total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    places = _places(index, layer.experts)
+    places = expert_places(index, layer.experts)
     with torch.no_grad():
         for expert in range(layer.experts):
             if len(at := places[expert]):

@@ -1,10 +1,10 @@
 """Quantizes a model: every expert by one method into the formats of a plan, layer by layer, into a
 checkpoint.
 
-Each layer is durable before the next begins; run again with the same arguments, an interrupted run goes on
-with the first unfinished layer and ends with the same bytes. What goes into the bytes, and so must be the
-same, is the job: the model's files, method, plan, options, calibration data, versions of torch, transformers
-and this package.
+Each layer is durable before the next begins, and so are the calibration data's activations behind it; run again
+with the same arguments, an interrupted run goes on with the first unfinished layer and ends with the same bytes.
+What goes into the bytes, and so must be the same, is the job: the model's files, method, plan, options,
+calibration data, versions of torch, transformers and this package.
 """
 
 import json
@@ -144,22 +144,22 @@ class _Work:
         finished = {layer.index for layer in layers if writer.finished_layer(layer.index) is not None}
         total, done = sum(layer.experts for layer in layers), sum(layers[index].experts for index in finished)
         progress(done, total, "observing" if self.observations is not None else "reading")
-        left = {layer.index for layer in layers} - finished
-        for layer, observed in self._observed(max(left, default=-1)):
+        left = [layer.index for layer in layers if layer.index not in finished]
+        for layer, observed in self._observed(left, writer.scratch):
             if layer.index in left:
                 for _ in self._write_layer(writer, layer, observed):
                     done += 1
                     progress(done, total, f"layer {layer.index}")
         return len(finished)
 
-    def _observed(self, last: int) -> Iterator[tuple[MoELayer, ObservedLayer | None]]:
-        """Every layer up to ``last`` with what was observed there."""
-        if self.observations is None or last < 0:
-            yield from ((layer, None) for layer in self.stream.layers[: last + 1])
+    def _observed(self, left: list[int], scratch: Path) -> Iterator[tuple[MoELayer, ObservedLayer | None]]:
+        """From the first to the last of the layers that are ``left``, with what was observed there."""
+        if self.observations is None or not left:
+            yield from ((layer, None) for layer in self.stream.layers if layer.index in left)
             return
-        for observed in self.observations.layers():
+        for observed in self.observations.layers(left[0], scratch):
             yield observed.layer, observed
-            if observed.layer.index == last:
+            if observed.layer.index == left[-1]:
                 return
 
     def _write_layer(self, writer: CheckpointWriter, layer: MoELayer, observed: ObservedLayer | None) -> Iterator[int]:

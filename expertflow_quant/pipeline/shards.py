@@ -15,11 +15,10 @@ from torch import Tensor
 
 from expertflow_quant.checkpoint.errors import CheckpointError
 from expertflow_quant.checkpoint.files import inner_path, read_json
-from expertflow_quant.checkpoint.tensors import DTYPE_NAMES, TensorPlace, read_header
+from expertflow_quant.checkpoint.tensors import DTYPES, TensorPlace, read_header
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Shards:
@@ -52,12 +51,12 @@ class Shards:
         """The dtype in which a tensor is stored. Raises CheckpointError for one that torch has no name
         for."""
         name = self._places[key].dtype
-        if name not in _DTYPES:
+        if name not in DTYPES:
             raise CheckpointError(
                 f"{self._file_of[key]}: {key} is {name}, which this build does not read: use a model in "
                 f"bfloat16, float16 or float32"
             )
-        return _DTYPES[name]
+        return DTYPES[name]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape with which a tensor is stored."""
@@ -96,7 +95,7 @@ class Shards:
         try:
             with self._lock:
                 if path not in self._open:
-                    self._open[path] = open(path, "rb", buffering=0)
+                    self._open[path] = path.open("rb", buffering=0)
                 self._open[path].seek(offset)
                 while got := self._open[path].readinto(left):  # type: ignore[attr-defined]  # unbuffered
                     left = left[got:]

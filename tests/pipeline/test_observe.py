@@ -12,8 +12,10 @@ from torch import Tensor
 
 from expertflow_quant.formats import ExpertFlowError, ExpertShape
 from expertflow_quant.models.seams import expert_modules, model_class
+from expertflow_quant.pipeline import observe
 from expertflow_quant.pipeline.batches import CalibrationData
-from expertflow_quant.pipeline.observe import Observations, ObservedLayer, ObserveOptions, _Tokens
+from expertflow_quant.pipeline.observe import Observations, ObservedLayer, ObserveOptions
+from expertflow_quant.pipeline.observed import Tokens
 from expertflow_quant.pipeline.stream import ModelStream, MoELayer
 
 RAW = ObserveOptions(min_tokens=0, text_share=None)
@@ -50,8 +52,16 @@ def calls_of_the_plain_model(folder: Path, batches: list[dict[str, Tensor]]) -> 
     return seen
 
 
+@pytest.mark.parametrize("meet", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_equal_to_the_models_own_forward(family: str, tmp_path: Path) -> None:
+def test_equal_to_the_models_own_forward(
+    family: str, meet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch by batch through the blocks, and with forwards that wait for each other."""
+    unwanted = "Replay" if meet else "Forwards"
+    if meet:
+        monkeypatch.setattr(observe, "find_chain", lambda *args: None)
+    monkeypatch.setattr(observe, unwanted, lambda *args: pytest.fail(f"{unwanted} was used"))
     folder, batches = save_model(family, tmp_path), padded_batches(family)
     kept = [batch["attention_mask"].reshape(-1).bool() for batch in batches]
     wanted = calls_of_the_plain_model(folder, batches)
@@ -149,9 +159,9 @@ def test_modalities_share_the_weight(share: float | None, tmp_path: Path) -> Non
 def test_modality_is_read_off_the_token_ids_where_the_processor_does_not_say() -> None:
     config = tiny.tiny_model("qwen3_vl_moe").config
     batch = padded_batches("qwen3_vl_moe")[1]
-    told = _Tokens.of(batch, config)
+    told = Tokens.of(batch, config)
     del batch["mm_token_type_ids"]
-    guessed = _Tokens.of(batch, config)
+    guessed = Tokens.of(batch, config)
     assert torch.equal(told.text, guessed.text)
     assert torch.equal(told.valid, guessed.valid)
     assert int((~told.valid).sum()) == 5
@@ -188,7 +198,8 @@ def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:
     assert torch.equal(single[0], threaded[0])
 
 
-def test_stopping_early_ends_all_forwards(tmp_path: Path) -> None:
+def test_stopping_early_ends_all_forwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "find_chain", lambda *args: None)
     stream = ModelStream(save_model("qwen3_moe", tmp_path))
     data = CalibrationData.from_batches([tiny.model_inputs("qwen3_moe", seed=seed) for seed in range(3)])
     before = threading.active_count()

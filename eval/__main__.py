@@ -1,6 +1,7 @@
 """``python -m eval OUT --against MODEL --dense DENSE``: judge a quantized model on held-out charts and
 documents. ``python -m eval speed TARGET --out FILE``: measure how fast one runs. ``python -m eval schedule
-TRACE... --out FILE``: what grouping requests saves. ``python -m eval predict TRACE...``: score predictors."""
+TRACE... --out FILE``: what grouping requests saves. ``python -m eval predict TRACE...``: score predictors.
+``python -m eval lmms MODEL --chartqa-path P``: the field's harness on the same files."""
 
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typer.core import TyperGroup
 
 from eval.cache.command import cache
 from eval.comparison import Comparison, compare
+from eval.harness.command import lmms
 from eval.judge import Judgement, System, judge
 from eval.plots import judgement_figure, save
 from eval.predict.command import predict
@@ -51,6 +53,7 @@ app.command()(predict)
 app.command()(cache)
 app.command()(schedule)
 app.command()(quantize_speed)
+app.command()(lmms)
 app.command("calibrate-verdict")(calibrate_verdict)
 RESULTS = Path(__file__).parent / "results"
 

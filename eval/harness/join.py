@@ -8,6 +8,9 @@ from eval.harness.stock import HarnessError, StockTask
 from eval.records import ItemResult
 from eval.tasks import Task, TaskItem
 
+SHOWN = 20
+"""Items that a summary spells out; the file of items has them all."""
+
 
 @dataclass(frozen=True)
 class JoinedItem:
@@ -52,14 +55,15 @@ def joined(stock: StockTask, task: Task, samples: Sequence[Mapping[str, Any]]) -
 
 
 def agreement(items: Sequence[JoinedItem], asked: Sequence[ItemResult] = ()) -> dict[str, Any]:
-    """How many items agree, and those that do not. ``asked``: what our own evaluator was answered, if it asked."""
+    """How many items agree, and the first of those that do not. ``asked``: what our own evaluator was answered, if it
+    asked."""
     pairs = list(zip(items, asked, strict=True)) if asked else []
     found: dict[str, Any] = {
         "items": len(items),
         "same_prompts": sum(item.same_prompt for item in items),
         "bit_equal_scores": sum(item.bit_equal for item in items),
         "errors": sum(item.error is not None for item in items),
-        "different": [asdict(item) for item in items if not item.bit_equal],
+        "different": [asdict(item) for item in items if not item.bit_equal][:SHOWN],
     }
     if asked:
         found["asked_by_us"] = {

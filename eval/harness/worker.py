@@ -45,7 +45,6 @@ def sample(model: Any, task: str, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "document": row["doc_id"],
         "prompt": row["arguments"][0],
-        "settings": row["arguments"][1],
         "prediction": row["filtered_resps"][0],
         "scores": {name: row[name] for name in model_scores(row)},
         "prompt_tokens": counts.get("input_tokens", 0),

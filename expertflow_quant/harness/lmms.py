@@ -1,6 +1,6 @@
 """The model that lmms-eval runs: ``lmms_eval --model expertflow --model_args pretrained=OUT,expert_memory=25%``.
 
-Prompts, images, limits and stop texts are those of the harness's task; nothing is added to them. Requests are
+Prompts, images, limits and stop texts are those of the harness's task (but see ``FILLED_IN``). Requests are
 answered in the order given, so a run and our own evaluator with the same batch size make the same batches.
 """
 

@@ -54,7 +54,7 @@ def played(answer=lambda item: item.answers[0], wrong_by=0.0):
 def logged(stock, task, number, prediction, wrong_by=0.0):
     item = task.items[number]
     score = task.metric.score(prediction, item.answers) + wrong_by
-    row = {"document": number, "prompt": item.prompt, "settings": {}, "prediction": prediction, "error": None}
+    row = {"document": number, "prompt": item.prompt, "prediction": prediction, "error": None}
     return row | {"scores": {stock.score: score}, "prompt_tokens": 9, "completion_tokens": 3}
 
 
@@ -135,7 +135,6 @@ def test_what_the_harness_logs_is_read():
     assert found == {
         "document": 0,
         "prompt": "How much?\nAnswer",
-        "settings": {"max_new_tokens": 16, "until": ["\n\n"]},
         "prediction": "54",
         "scores": {"relaxed_overall": 1.0, "relaxed_human_split": 1},
         "prompt_tokens": 171,

@@ -18,7 +18,8 @@ STOCK = {"max_new_tokens": 16, "temperature": 0, "do_sample": False, "until": ["
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        (STOCK, Options(16, 0.0, 1.0, ("\n\n",))),
+        (STOCK, Options(16, 0.0, 1.0)),
+        ({**STOCK, "until": ["\n\n", "\n", "END"]}, Options(16, 0.0, 1.0, ("\n", "END"))),
         ({}, Options(NEW_TOKENS)),
         ({"until": None, "top_p": None, "max_new_tokens": None, "num_beams": 1}, Options(NEW_TOKENS)),
         ({"until": "END"}, Options(stop=("END",))),

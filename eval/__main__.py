@@ -1,7 +1,8 @@
 """``python -m eval OUT --against MODEL --dense DENSE``: judge a quantized model on held-out charts and
 documents. ``python -m eval speed TARGET --out FILE``: measure how fast one runs. ``python -m eval schedule
 TRACE... --out FILE``: what grouping requests saves. ``python -m eval predict TRACE...``: score predictors.
-``python -m eval lmms MODEL --chartqa-path P``: the field's harness on the same files."""
+``python -m eval lmms MODEL --chartqa-path P``: the field's harness on the same files. ``python -m eval
+streaming --out FILE``: the memory that quantizing takes."""
 
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from eval.cache.command import cache
+from eval.compare.command import compare as compare_command
 from eval.comparison import Comparison, compare
 from eval.harness.command import lmms
 from eval.judge import Judgement, System, judge
@@ -29,10 +31,12 @@ from eval.report import (
     systems_table,
     write_json,
 )
+from eval.run import run
 from eval.runner import progress_bar
 from eval.schedule.command import schedule
 from eval.speed.command import speed
 from eval.stats import CONFIDENCE, MARGIN_DENSE, MARGIN_OWN, RESAMPLES
+from eval.streaming.command import streaming
 from eval.tasks import Task, generated_tasks
 from eval.verdict.command import calibrate_verdict
 
@@ -54,6 +58,9 @@ app.command()(cache)
 app.command()(schedule)
 app.command()(quantize_speed)
 app.command()(lmms)
+app.command()(run)
+app.command()(streaming)
+app.command("compare")(compare_command)
 app.command("calibrate-verdict")(calibrate_verdict)
 RESULTS = Path(__file__).parent / "results"
 

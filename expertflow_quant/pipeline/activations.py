@@ -7,9 +7,8 @@ expert's rows brings in what it needs, and the pages are given back again and ag
 
 import contextlib
 import mmap
-import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +69,9 @@ class Activations:
         for each in outputs:
             (self._folder / each.file).unlink(missing_ok=True)
 
-    def rows(self, parts: Sequence[Tensor]) -> "MappedRows":
-        """``parts`` ``[n, H]``, joined in a mapped file."""
-        return MappedRows(self._folder, parts)
+    def rows(self) -> "MappedRows":
+        """A new file for the rows of one layer."""
+        return MappedRows(self._folder)
 
     def _outputs(self, block: int) -> list[Stored] | None:
         try:
@@ -97,27 +96,29 @@ class Activations:
 
 
 class MappedRows:
-    """Rows ``[T, H]`` in a file without a name that is mapped into memory as ``tensor``."""
+    """Rows ``[T, H]``, added part by part to a file without a name, then mapped into memory."""
 
-    def __init__(self, folder: Path, parts: Sequence[Tensor]) -> None:
-        self._touched = 0
-        width, dtype = parts[0].shape[1], parts[0].dtype
-        try:
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._touched = folder, 0
+        self._like: Tensor | None = None
+        with self._named_errors():
             folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix="rows-", dir=folder)
-            with open(handle, "wb") as file:
-                for part in parts:
-                    file.write(part.contiguous().view(torch.uint8).numpy().data)
-                file.flush()
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            with contextlib.suppress(OSError):  # where a mapped file cannot be removed it is with the folder
-                os.unlink(name)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot write activations into {folder}: {error.strerror or error}: make room or choose another "
-                f"folder; the same command run again goes on from the last finished layer"
-            ) from error
-        self.tensor = torch.frombuffer(self._map, dtype=dtype).view(-1, width)
+            self._file = tempfile.TemporaryFile(prefix="rows-", dir=folder)  # noqa: SIM115  # lives as long as the rows
+
+    def add(self, part: Tensor) -> None:
+        """Adds rows ``[n, H]``, on the CPU."""
+        self._like = part[:0]
+        with self._named_errors():
+            self._file.write(part.contiguous().view(torch.uint8).numpy().data)
+
+    def tensor(self) -> Tensor:
+        """All rows; nothing may be added any more."""
+        with self._named_errors():
+            self._file.flush()
+        if self._like is None or self._file.tell() == 0:
+            raise ValueError("no rows were added")
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self._map, dtype=self._like.dtype).view(-1, self._like.shape[1])
 
     def used(self, nbytes: int) -> None:
         """So many bytes were read: gives the pages back when too many may have come in."""
@@ -125,6 +126,16 @@ class MappedRows:
         if self._touched > KEPT_BYTES and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
             self._touched = 0
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write activations into {self._folder}: {error.strerror or error}: make room or choose another "
+                f"folder; the same command run again goes on from the last finished layer"
+            ) from error
 
 
 def structure_of(value: Any, tensors: list[Tensor]) -> Any:

@@ -7,7 +7,7 @@ tokens that come closest to choosing it, by the distance of the router's score t
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.pipeline.activations import Activations
+from expertflow_quant.pipeline.activations import Activations, MappedRows
 from expertflow_quant.pipeline.batches import Batch
 from expertflow_quant.pipeline.forwards import ExpertsCall
 from expertflow_quant.pipeline.stream import MoELayer, is_finite
@@ -135,6 +135,8 @@ class Gathered:
 
     def __init__(self, layer: MoELayer, options: ObserveOptions, on_disk: Activations | None) -> None:
         self.layer, self._options, self._on_disk = layer, options, on_disk
+        self._rows: MappedRows | None = None
+        self._hidden: list[Tensor] = []
         self._calls: list[ExpertsCall] = []
         self._text: list[Tensor] = []
 
@@ -147,17 +149,21 @@ class Gathered:
                 f"infinity as input: the weights before it overflow in {call.hidden.dtype}, or the sample does: "
                 f"leave that sample out, or use rtn, which needs none; layers that are finished stay"
             )
-        self._calls.append(call)
         self._text.append(text)
+        self._hidden.append(self._put(call.hidden))
+        self._calls.append(replace(call, hidden=call.hidden[:0].clone()))
 
     def layer_observed(self) -> "ObservedLayer":
         """All tokens of the batches at this layer."""
         calls, layer = self._calls, self.layer
-        hidden, used = self._rows([call.hidden for call in calls])
+        hidden = _joined(self._hidden, torch.zeros(0, layer.shape.hidden))
+        used = None
+        if self._rows is not None:
+            hidden, used = self._rows.tensor(), self._rows.used
         index = _joined([call.top_k_index for call in calls], hidden.new_zeros(0, layer.top_k).long())
         affinity = _joined([call.top_k_weights for call in calls], hidden.new_zeros(0, layer.top_k))
         scores = [call.scores for call in calls if call.scores is not None]
-        watched = [len(part) for part in scores] == [len(call.hidden) for call in calls]
+        watched = [len(part) for part in scores] == [len(call.top_k_index) for call in calls]
         importance = _importance(_joined(self._text, torch.zeros(0, dtype=torch.bool)), self._options.text_share)
         return ObservedLayer(
             layer,
@@ -167,14 +173,17 @@ class Gathered:
             torch.cat(scores).float() if watched and scores else None,
             importance.to(index.device),
             self._options.min_tokens,
-            used,
+            used or (lambda nbytes: None),
         )
 
-    def _rows(self, parts: Sequence[Tensor]) -> tuple[Tensor, Callable[[int], None]]:
-        if self._on_disk is None or not sum(len(part) for part in parts) or parts[0].device.type != "cpu":
-            return _joined(parts, torch.zeros(0, self.layer.shape.hidden)), lambda nbytes: None
-        rows = self._on_disk.rows(parts)
-        return rows.tensor, rows.used
+    def _put(self, hidden: Tensor) -> Tensor:
+        """Rows that are to be written go to disk, and none is left in memory."""
+        if self._on_disk is None or hidden.device.type != "cpu" or not len(hidden):
+            return hidden
+        if self._rows is None:
+            self._rows = self._on_disk.rows()
+        self._rows.add(hidden)
+        return hidden[:0].clone()
 
 
 def without_padding(call: ExpertsCall, tokens: Tokens) -> tuple[ExpertsCall, Tensor]:

@@ -10,9 +10,7 @@ A model of which this is not true is found out and raises NotReplayable: its blo
 write to, or what comes out of a skipped block, which is NaN, reaches a block that runs.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +23,7 @@ from expertflow_quant.pipeline.activations import Activations, Stored, structure
 from expertflow_quant.pipeline.batches import Batch
 from expertflow_quant.pipeline.forwards import ExpertsCall, current_observer, observed_by
 from expertflow_quant.pipeline.observed import Gathered, ObservedLayer, Tokens
+from expertflow_quant.pipeline.parallel import side_by_side
 from expertflow_quant.pipeline.stream import ModelStream, MoELayer, is_finite
 
 Answer = Callable[[MoELayer, Sequence[ExpertsCall]], Sequence[Tensor]]
@@ -91,7 +90,6 @@ class Replay:
         self._tokens: dict[int, Tokens] = {}
         self._towers: dict[tuple[int, int], tuple[Stored, list[Any], Any]] = {}
         self._device = next(model.parameters()).device
-        self._threads = torch.get_num_threads()
         self._wrapped = [(module, module.forward) for module in [*chain.blocks, *chain.towers]]
         for number, block in enumerate(chain.blocks):
             block.forward = partial(self._run_block, number, block.forward)
@@ -121,7 +119,6 @@ class Replay:
         self._stream.hold([])
         for module, forward in self._wrapped:
             module.forward = forward
-        torch.set_num_threads(self._threads)  # new threads begin with the number that was set last
 
     def _bring(
         self, start: int, stop: int, last: MoELayer | None, before: Sequence[Stored], seen: dict[int, Gathered]
@@ -130,27 +127,20 @@ class Replay:
         end = None if last is None else self._model.get_submodule(last.module)
         passes = [_Pass(batch, start, stop, end, self) for batch in range(len(self._make))]
         made = []
-        for run, stored in self._in_order(passes, before):
+        ran = side_by_side(
+            iter(passes), lambda run: self._run(run, before[run.batch] if before else None), self._on_threads
+        )
+        for run, stored in ran:
             for layer, call in run.calls:
                 if layer.index in seen:
                     seen[layer.index].add(call, self._tokens[run.batch], run.batch)
+            run.calls.clear()
             if stored is not None:
                 made.append(stored)
         return made
 
-    def _in_order(self, passes: Sequence[_Pass], before: Sequence[Stored]) -> Iterator[tuple[_Pass, Stored | None]]:
-        """Runs passes, on the CPU as many at a time as torch has threads, with one thread each."""
-        on_cpu = self._device.type == "cpu"
-        workers = self._threads if on_cpu else 1
-        alone = partial(torch.set_num_threads, 1) if on_cpu else None
-        waiting: deque[Future[tuple[_Pass, Stored | None]]] = deque()
-        with ThreadPoolExecutor(workers, initializer=alone) as pool:
-            for run in passes:
-                waiting.append(pool.submit(self._run, run, before[run.batch] if before else None))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+    def _on_threads(self, run: _Pass) -> bool:
+        return self._device.type == "cpu"
 
     def _run(self, run: _Pass, before: Stored | None) -> tuple[_Pass, Stored | None]:
         if before is not None:

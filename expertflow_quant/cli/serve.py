@@ -36,6 +36,26 @@ Context = Annotated[
 Fast = Annotated[
     bool | None, typer.Option("--fast/--no-fast", help="Captured decode and streamed prompts; by default on a GPU.")
 ]
+Policy = Annotated[
+    str | None,
+    typer.Option("--policy", help="Which expert makes room on the plain path: lru, scan, lfu, static, predictive."),
+]
+Predictor = Annotated[
+    str | None,
+    typer.Option(
+        "--predictor", help="off, frequency, previous, affinity, next-gate, paths, auto, or a trained one's folder."
+    ),
+]
+Ahead = Annotated[
+    float | None, typer.Option("--ahead", help="Records fetched ahead beside each layer, by the predictor.")
+]
+Usage = Annotated[Path | None, typer.Option("--usage", help="Recorded trace of this model to learn use from.")]
+Slots = Annotated[Path | None, typer.Option("--slots", help="Slots of each layer, as calibration plan writes them.")]
+Batch = Annotated[int, typer.Option("--batch", help="Requests answered together at most.")]
+Schedule = Annotated[
+    str, typer.Option("--schedule", help="Who goes together: paths, words, arrival; auto: paths with a predictor.")
+]
+Patience = Annotated[int, typer.Option("--patience", help="Batches that a request may be passed over for that.")]
 Name = Annotated[str | None, typer.Option("--name", help="Model name for clients; the folder's by default.")]
 
 
@@ -58,6 +78,14 @@ def serve(
     host_memory: HostMemory = None,
     context: Context = None,
     fast: Fast = None,
+    policy: Policy = None,
+    predictor: Predictor = None,
+    ahead: Ahead = None,
+    usage: Usage = None,
+    slots: Slots = None,
+    batch: Batch = 1,
+    schedule: Schedule = "auto",
+    patience: Patience = 4,
     name: Name = None,
 ) -> None:
     """Serve a quantized checkpoint as an OpenAI-style chat API, images included."""
@@ -67,6 +95,14 @@ def serve(
     options = Options(
         *(expert_memory, host, port, device, dtype, max_queue, max_tokens),
         *(gpu_memory, host_memory, context, fast),
+        policy=policy,
+        predictor=predictor,
+        ahead=ahead,
+        usage=usage,
+        slots=slots,
+        batch=batch,
+        schedule=schedule,
+        patience=patience,
     )
     launch(lambda: checkpoint, name or checkpoint.resolve().name, options, Console())
 
@@ -89,6 +125,14 @@ def up(
     host_memory: HostMemory = None,
     context: Context = None,
     fast: Fast = None,
+    policy: Policy = None,
+    predictor: Predictor = None,
+    ahead: Ahead = None,
+    usage: Usage = None,
+    slots: Slots = None,
+    batch: Batch = 1,
+    schedule: Schedule = "auto",
+    patience: Patience = 4,
     name: Name = None,
 ) -> None:
     """Quantize a model unless that was done before, then serve it. Stopped half way, it goes on next time."""
@@ -100,6 +144,14 @@ def up(
     options = Options(
         *(expert_memory, host, port, device, dtype, max_queue, max_tokens),
         *(gpu_memory, host_memory, context, fast),
+        policy=policy,
+        predictor=predictor,
+        ahead=ahead,
+        usage=usage,
+        slots=slots,
+        batch=batch,
+        schedule=schedule,
+        patience=patience,
     )
     recipe = Recipe(model, method, _plan(format_name, plan), samples)
 

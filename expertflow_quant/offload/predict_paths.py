@@ -63,6 +63,10 @@ class PathPredictor:
         scores = [one for part in parts for one in self._scores(part)]
         return torch.cat(scores) if scores else torch.zeros(0, trace.layers, trace.num_experts)
 
+    def logits_of(self, item: PathItem) -> Tensor:
+        """float32 [n, L, E] of one item's tokens, before a sigmoid makes chances of them."""
+        return self._scores([self._seen(item)])[0]
+
     def save(self, folder: Path | str) -> None:
         """Write both files into ``folder``."""
         folder = Path(folder)

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.offload.stats import CacheStats
 from expertflow_quant.runtime.answers import Generation, Sampling, TextEmitter, cut_answer
 from expertflow_quant.runtime.memory import MemoryPlan
-from expertflow_quant.runtime.plain import PlainRunner
+from expertflow_quant.runtime.plain import PlainRunner, StopTexts
 from expertflow_quant.runtime.prompts import Message, PromptEncoder, Prompts
 from expertflow_quant.runtime.runner import Runner
 from expertflow_quant.runtime.stream import Cancellable, TokenQueue, TokenStream
+from expertflow_quant.runtime.together import BatchStream
 
 PART_SEED = 0x9E3779B97F4A7C15
 """Between the seeds of a call's parts: far from what anyone counts by."""
@@ -94,6 +96,12 @@ class Engine:
         """Bytes that experts take on the device: slots and staging, or all of a plain model's."""
         return self.runner.device_expert_bytes
 
+    @property
+    def distinct_experts(self) -> float | None:
+        """Experts of a layer, on average, that the decode steps of the last call touched; None where nobody counts."""
+        found: float | None = getattr(self.runner, "distinct_experts", None)
+        return found
+
     def generate(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -149,6 +157,46 @@ class Engine:
             return self.last
 
         return TokenStream(run, conclude, TextEmitter(self.tokenizer, sampling.stop))
+
+    def stream_many(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        max_new_tokens: Sequence[int],
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> BatchStream:
+        """Answers computed together, piece by piece, each of at most its own ``max_new_tokens``.
+
+        Raises what ``generate`` raises, at once, and ExpertFlowError for more conversations than the runner takes.
+        """
+        most = self.runner.max_rows or len(conversations)
+        if not 1 <= len(conversations) == len(max_new_tokens) <= most:
+            raise ExpertFlowError(
+                f"{len(conversations)} conversations with {len(max_new_tokens)} lengths: give 1 to {most} of both"
+            )
+        sampling = Sampling(max(max_new_tokens), temperature, top_p, None, _texts(stop))
+        batches = self._encode(conversations, sampling)
+        places = [(prompts, index) for prompts in batches for index in range(len(prompts))]
+        stops = StopTexts(self.tokenizer, sampling.stop, 0) if sampling.stop else None
+        start = time.perf_counter()
+
+        def run(tokens: TokenQueue, cancellable: Cancellable) -> None:
+            self._run(batches, sampling, tokens, cancellable)
+
+        def ended(row: int, tokens: Sequence[int]) -> bool:
+            over = len(tokens) >= max_new_tokens[row] or tokens[-1] in self.end_ids
+            return over or (stops is not None and stops.met(tokens))
+
+        def conclude(row: int, token_ids: list[int]) -> Generation:
+            return self._generation(*places[row], token_ids, sampling, time.perf_counter() - start)
+
+        return BatchStream(run, ended, conclude, [TextEmitter(self.tokenizer, sampling.stop) for _ in places])
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> Prompts:
+        """The prompt of one conversation, as the model would read it. Raises what ``generate`` raises."""
+        return self._encode([messages], Sampling(1))[0]
 
     def _encode(self, conversations: Sequence[Sequence[Message]], sampling: Sampling) -> list[Prompts]:
         """Batches of prompts, in order, none larger than the runner reads at once."""

@@ -1,6 +1,6 @@
 """The plain runner: transformers' own ``generate``, on any device and for any model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from expertflow_quant.models.seams import expert_parameters, is_experts
 from expertflow_quant.offload.cache import ExpertCache
+from expertflow_quant.offload.policy import Key, Progress
 from expertflow_quant.offload.stats import CacheStats
 from expertflow_quant.runtime.answers import Sampling, decode, find_stop
 from expertflow_quant.runtime.prompts import Prompts
@@ -26,6 +27,12 @@ class PlainRunner:
         self.max_rows, self.room = max_rows, room
         self.model, self._tokenizer = model, tokenizer
         self._cache: ExpertCache | None = getattr(model, "expert_cache", None)
+        self._touched = None if self._cache is None else Touched(self._cache.progress)
+
+    @property
+    def distinct_experts(self) -> float | None:
+        """Of a layer on average, in the decode steps of the last call; None where nobody counts or there were none."""
+        return None if self._touched is None else self._touched.experts
 
     @property
     def stats(self) -> CacheStats:
@@ -51,6 +58,8 @@ class PlainRunner:
         cancellable: Cancellable | None = None,
     ) -> list[list[int]]:
         """See ``runner.Runner``."""
+        if self._touched is not None:
+            self._touched.begin()
         return [row for prompts in batches for row in self._batch(prompts, sampling, streamer, cancellable)]
 
     def _batch(
@@ -74,6 +83,28 @@ class PlainRunner:
             )
         rows: list[list[int]] = sequences[:, prompts.width :].tolist()
         return rows
+
+
+class Touched:
+    """Which experts decode steps ask for, told by ``progress``."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._keys: set[Key] = set()
+        self._prompt_step = -1
+        progress.watch(self._asked)
+
+    def begin(self) -> None:
+        """Count from zero; the next step is a prompt's and does not count."""
+        self._keys, self._prompt_step = set(), self._progress.step + 1
+
+    @property
+    def experts(self) -> float | None:
+        return len(self._keys) / len(self._progress.experts) if self._keys else None
+
+    def _asked(self, layer: int, experts: Collection[int]) -> None:
+        if self._progress.step > self._prompt_step:
+            self._keys.update((layer, expert) for expert in experts)
 
 
 class StopTexts(StoppingCriteria):

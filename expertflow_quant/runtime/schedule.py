@@ -9,7 +9,7 @@ over. Of several random starts the groups most similar to their medoids are take
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 
 ROUNDS = 30
 STARTS = 4
+WORD_PLACES = 4096
 PATIENCE = 4
 """Batches that a request may be admitted later than in order of arrival."""
 
@@ -34,6 +35,22 @@ def prompt_path(experts: Tensor, num_experts: int, last: int = 1, width: int | N
     liking = uses[-last:].sum(0) + uses.mean(0) / 2
     path = torch.zeros(layers, num_experts, dtype=torch.bool)
     return path.scatter_(1, liking.topk(min(width or top_k, num_experts), 1).indices, True)
+
+
+def predicted_path(logits: Tensor, top_k: int, last: int = 8) -> Tensor:
+    """bool [L, E]: the same from a path predictor's ``logits`` [T, L, E] of a prompt's tokens, without running it: in
+    each layer the ``top_k`` experts that its ``last`` tokens are likeliest to use."""
+    chances = torch.sigmoid(logits[-last:].float()).mean(0)
+    path = torch.zeros(chances.shape, dtype=torch.bool)
+    return path.scatter_(1, chances.topk(min(top_k, chances.shape[1]), 1).indices, True)
+
+
+def word_path(token_ids: Tensor, places: int = WORD_PLACES) -> Tensor:
+    """bool [1, places]: which words a prompt has, by ``token_ids`` modulo ``places``: where nothing foretells its path,
+    prompts of like words are taken to have like ones."""
+    path = torch.zeros(1, places, dtype=torch.bool)
+    path[0, token_ids.long() % places] = True
+    return path
 
 
 def path_similarity(paths: Tensor) -> Tensor:
@@ -102,6 +119,13 @@ class Admission:
         """Request ``key`` arrives, with its predicted path, bool [L, E]."""
         self._waiting.append(_Waiting(key, self._arrivals, path))
         self._arrivals += 1
+
+    def remove(self, key: int) -> None:
+        """Request ``key``, which waits, is no longer there; those behind it move up."""
+        place = next(place for place, request in enumerate(self._waiting) if request.key == key)
+        behind = [replace(request, arrival=request.arrival - 1) for request in self._waiting[place + 1 :]]
+        self._waiting[place:] = behind
+        self._arrivals -= 1
 
     def next_batch(self) -> list[int]:
         """The keys to answer now, in order of arrival: ``rows`` of them, or all where fewer wait."""

@@ -18,17 +18,22 @@ from expertflow_quant.runtime.answers import Generation, TextEmitter
 
 
 class TokenQueue(BaseStreamer):
-    """Takes the tokens that ``generate`` pushes; the first push is the prompt and is left out."""
+    """Takes the tokens that ``generate`` pushes, of ``rows`` answers; the first push is the prompts and is left out."""
 
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+    def __init__(self, rows: int = 1) -> None:
+        self._items: queue.SimpleQueue[tuple[int, int] | BaseException | None] = queue.SimpleQueue()
+        self._rows = rows
         self._prompt_seen = False
 
     def put(self, value: Tensor) -> None:
         if self._prompt_seen:
-            for token in value.reshape(-1).tolist():
-                self._items.put(token)
+            for place, token in enumerate(value.reshape(-1).tolist()):
+                self.put_at(place % self._rows, token)
         self._prompt_seen = True
+
+    def put_at(self, row: int, token: int) -> None:
+        """The next token of answer ``row``."""
+        self._items.put((row, token))
 
     def end(self) -> None:
         """Left to ``conclude``, which also comes when generation fails."""
@@ -37,8 +42,8 @@ class TokenQueue(BaseStreamer):
         """No more tokens come; ``error`` is why, if generation failed."""
         self._items.put(error)
 
-    def get(self) -> int | None:
-        """The next token, or None after the last. Raises what generation raised."""
+    def get(self) -> tuple[int, int] | None:
+        """The next token with its row in front, or None after the last. Raises what generation raised."""
         item = self._items.get()
         if isinstance(item, BaseException):
             raise item
@@ -46,13 +51,16 @@ class TokenQueue(BaseStreamer):
 
 
 class Cancellable(StoppingCriteria):
-    """Stops generation once ``event`` is set."""
+    """Stops generation once ``event`` is set, and before that of the answers in ``rows``."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
+        self.rows: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+        ended = torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool)
+        ended[list(self.rows)] = True
+        return ended.to(input_ids.device)
 
 
 class TokenStream(Iterator[str]):
@@ -78,7 +86,7 @@ class TokenStream(Iterator[str]):
         self._done = False
         # The thread knows nothing of this object, so that a stream that is dropped unread ends, too.
         self._thread = threading.Thread(
-            target=_run,
+            target=run_into,
             args=(generate, self._queue, self._cancellable),
             name="expertflow-stream",
             daemon=True,
@@ -92,13 +100,13 @@ class TokenStream(Iterator[str]):
         if self._done:
             raise StopIteration
         try:
-            token = self._queue.get()
+            item = self._queue.get()
         except BaseException:
             self._done = True
             raise
-        if token is not None:
-            self._tokens.append(token)
-            return self._emitter.feed(token)
+        if item is not None:
+            self._tokens.append(item[1])
+            return self._emitter.feed(item[1])
         self._finish()
         rest = self._emitter.finish(self.last.text if self.last else "")
         if not rest:
@@ -120,7 +128,8 @@ class TokenStream(Iterator[str]):
         self.last = self._conclude(self._tokens)
 
 
-def _run(generate: Callable[[TokenQueue, Cancellable], None], tokens: TokenQueue, cancellable: Cancellable) -> None:
+def run_into(generate: Callable[[TokenQueue, Cancellable], None], tokens: TokenQueue, cancellable: Cancellable) -> None:
+    """Run ``generate``, and tell ``tokens`` when it is over and what it raised."""
     error: BaseException | None = None
     try:
         generate(tokens, cancellable)

@@ -11,21 +11,26 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from expertflow_quant.serve.chat import Chat
 from expertflow_quant.serve.errors import install_handlers, unknown_model
 from expertflow_quant.serve.limits import Limits
+from expertflow_quant.serve.line import Batching
 from expertflow_quant.serve.metrics import Metrics
 from expertflow_quant.serve.queue import RequestQueue
 from expertflow_quant.serve.replies import model_card
 from expertflow_quant.serve.work import AnswerEngine
 
 
-def create_app(engine: AnswerEngine, model_name: str, limits: Limits | None = None) -> FastAPI:
-    """An application that answers for ``engine`` under the name ``model_name``.
+def create_app(
+    engine: AnswerEngine, model_name: str, limits: Limits | None = None, batching: Batching | None = None
+) -> FastAPI:
+    """An application that answers for ``engine`` under the name ``model_name``, a BatchEngine where ``batching`` has
+    more than one row.
 
-    The engine is used from one thread only. The worker starts and stops with the application's lifespan.
+    The engine answers in one thread only. The worker starts and stops with the application's lifespan.
     """
     limits = limits or Limits()
-    queue = RequestQueue(engine, limits.max_queue)
+    batching = batching or Batching()
     metrics = Metrics(lambda: engine.stats, lambda: queue.waiting)
-    chat = Chat(queue, metrics, model_name, limits)
+    queue = RequestQueue(engine, limits.max_queue, batching.rows, batching.patience, metrics.batch_ended)
+    chat = Chat(queue, metrics, model_name, limits, batching.foretell)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

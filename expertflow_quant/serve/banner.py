@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from expertflow_quant.runtime.engine import Engine
 
 
-def table(folder: Path, engine: "Engine", name: str, address: str, max_queue: int) -> Table:
+def table(folder: Path, engine: "Engine", name: str, address: str, max_queue: int, together: str = "1") -> Table:
     """One line a fact; everything is read from the manifest and the loaded engine."""
     manifest = Manifest.load(folder)
     formats = Counter(expert.format.name for layer in manifest.layers for expert in layer.experts)
@@ -33,6 +33,7 @@ def table(folder: Path, engine: "Engine", name: str, address: str, max_queue: in
         ("path", _path(engine)),
         ("context", f"{engine.context} tokens, prompt and answer" if engine.context else "as the model reads"),
         ("device", f"{engine.device}, {str(engine.model.dtype).removeprefix('torch.')}"),
+        ("answered at once", together),
         ("queue", f"{max_queue} requests may wait"),
         ("address", address),
     ):

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
+from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.serve.convert import chat_messages, sampling
@@ -18,7 +19,7 @@ from expertflow_quant.serve.metrics import Metrics
 from expertflow_quant.serve.queue import QueueFull, RequestQueue
 from expertflow_quant.serve.replies import Reply
 from expertflow_quant.serve.schema import ChatRequest, parse_chat_request
-from expertflow_quant.serve.work import Cancelled, Delta, Done, Event, Failed, Job, Stopped
+from expertflow_quant.serve.work import Cancelled, ChatMessage, Delta, Done, Event, Failed, Job, Stopped
 
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -26,8 +27,16 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 class Chat:
     """The handler of /v1/chat/completions."""
 
-    def __init__(self, queue: RequestQueue, metrics: Metrics, model_name: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        queue: RequestQueue,
+        metrics: Metrics,
+        model_name: str,
+        limits: Limits,
+        foretell: Callable[[Sequence[ChatMessage]], Tensor] | None = None,
+    ) -> None:
         self._queue, self._metrics, self._model_name, self._limits = queue, metrics, model_name, limits
+        self._foretell = foretell
 
     async def answer(self, request: Request) -> Response:
         """A completion, whole or as a stream. A stream's headers wait for its first token, so that whatever
@@ -71,14 +80,24 @@ class Chat:
             wait = {"Retry-After": str(full.retry_after)}
             raise ApiError(str(full), status=429, code="queue_full", headers=wait) from None
         try:
-            messages = await run_in_threadpool(chat_messages, asked, self._limits)
+            messages, path = await run_in_threadpool(self._read, asked)
         except BaseException:
             self._queue.give_back()
             raise
         events: asyncio.Queue[Event] = asyncio.Queue()
-        job = Job(messages, drawn, _deliver_to(asyncio.get_running_loop(), events), born)
+        job = Job(messages, drawn, _deliver_to(asyncio.get_running_loop(), events), born, path)
         self._queue.submit(job)
         return job, events
+
+    def _read(self, asked: ChatRequest) -> tuple[list[ChatMessage], Tensor | None]:
+        """The messages, and the path that is foretold of them; slow."""
+        messages = chat_messages(asked, self._limits)
+        if self._foretell is None:
+            return messages, None
+        try:
+            return messages, self._foretell(messages)
+        except ExpertFlowError:  # a prompt that is refused; its answer will say so
+            return messages, None
 
     async def _cancel_when_gone(self, request: Request, job: Job) -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -9,11 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.offload.policies.named import known
 from expertflow_quant.runtime.engine import Engine
+from expertflow_quant.runtime.foretell import SCHEDULES, foreteller
 from expertflow_quant.runtime.loading import load
+from expertflow_quant.runtime.schedule import PATIENCE
 from expertflow_quant.serve import banner, server
 from expertflow_quant.serve.app import create_app
 from expertflow_quant.serve.limits import Limits
+from expertflow_quant.serve.line import Batching
 
 DTYPES = ("float32", "bfloat16", "float16")
 USUAL_CONTEXT = 4096
@@ -22,7 +26,8 @@ USUAL_CONTEXT = 4096
 @dataclass(frozen=True)
 class Options:
     """``device`` "auto": CUDA where there is one. ``dtype`` None: float32 on the CPU, else the model's
-    own. ``gpu_memory``, ``host_memory``, ``context`` and ``fast`` as ``load`` takes them."""
+    own. ``gpu_memory`` to ``slots`` as ``load`` takes them. ``batch`` requests at most are answered together, chosen
+    by ``schedule`` (foretell.foreteller) and ``patience`` (line.Line)."""
 
     expert_memory: str = "100%"
     host: str = "127.0.0.1"
@@ -35,10 +40,23 @@ class Options:
     host_memory: str | None = None
     context: int | None = None
     fast: bool | None = None
+    policy: str | None = None
+    predictor: str | None = None
+    ahead: float | None = None
+    usage: Path | None = None
+    slots: Path | None = None
+    batch: int = 1
+    schedule: str = "auto"
+    patience: int = PATIENCE
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ExpertFlowError(f"dtype {self.dtype!r} is not known: use one of {', '.join(DTYPES)}")
+        if self.batch < 1 or self.patience < 0:
+            raise ExpertFlowError(
+                f"batch {self.batch} must be at least 1 request and patience {self.patience} at least 0 batches"
+            )
+        known("schedule", self.schedule, SCHEDULES)
 
 
 def launch(checkpoint: Callable[[], Path], name: str, options: Options, console: Console) -> None:
@@ -51,8 +69,12 @@ def launch(checkpoint: Callable[[], Path], name: str, options: Options, console:
         folder = checkpoint()
         engine = _loaded(folder, options, console)
         limits = Limits.for_context(engine.context or USUAL_CONTEXT, options.max_queue, options.max_tokens)
-        app, address = create_app(engine, name, limits), server.address(listener)
-        console.print(banner.table(folder, engine, name, address, limits.max_queue))
+        foretell = foreteller(engine, folder, options.schedule, options.predictor) if options.batch > 1 else None
+        app = create_app(engine, name, limits, Batching(options.batch, options.patience, foretell))
+        address = server.address(listener)
+        grouped = "" if foretell is None else f", grouped by {foretell.name}"
+        together = f"up to {options.batch}{grouped}" if options.batch > 1 else "1"
+        console.print(banner.table(folder, engine, name, address, limits.max_queue, together))
         if engine.memory_plan is not None:
             console.print(engine.memory_plan.table())
         if not server.is_private(listener):
@@ -63,7 +85,7 @@ def launch(checkpoint: Callable[[], Path], name: str, options: Options, console:
 
 
 def _loaded(folder: Path, options: Options, console: Console) -> Engine:
-    """The engine of ``folder`` for one answer at a time; what takes seconds is shown while it goes on."""
+    """The engine of ``folder`` for ``options.batch`` answers at once; what takes seconds is shown while it goes on."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("pinning experts", total=None, visible=False)
@@ -83,8 +105,13 @@ def _loaded(folder: Path, options: Options, console: Console) -> Engine:
             gpu_memory=options.gpu_memory,
             host_memory=options.host_memory,
             context=options.context,
-            rows=1,
+            rows=options.batch,
             fast=options.fast,
+            policy=options.policy,
+            predictor=options.predictor,
+            ahead=options.ahead,
+            usage=options.usage,
+            slots=options.slots,
             on_step=step,
             on_pinned=pinned,
         )

@@ -9,6 +9,8 @@ from prometheus_client.registry import Collector
 from expertflow_quant.serve.work import CacheStats, Done
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_ROWS = (1, 2, 4, 8, 16, 32)
+_EXPERTS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _CACHE = (
     ("hits", "Routed experts that were resident."),
     ("misses", "Routed experts that had to be loaded."),
@@ -40,6 +42,15 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self._batch = Histogram(
+            "expertflow_batch_requests", "Requests answered together.", buckets=_ROWS, registry=registry
+        )
+        self._experts = Histogram(
+            "expertflow_batch_experts",
+            "Distinct experts of a layer that the decode steps of a batch touch, where they are counted.",
+            buckets=_EXPERTS,
+            registry=registry,
+        )
         queue = Gauge("expertflow_queue_length", "Requests that wait; not the one in work.", registry=registry)
         queue.set_function(waiting)
         registry.register(_CacheCollector(stats))
@@ -56,6 +67,12 @@ class Metrics:
         self._image.inc(done.image_tokens)
         self._completion.inc(done.completion_tokens)
         self._seconds.observe(seconds)
+
+    def batch_ended(self, requests: int, experts: float | None) -> None:
+        """``requests`` were answered together and touched ``experts`` of a layer, if they were counted."""
+        self._batch.observe(requests)
+        if experts is not None:
+            self._experts.observe(experts)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

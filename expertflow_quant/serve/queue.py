@@ -1,19 +1,24 @@
-"""One engine, one worker thread: requests wait in a bounded first-in, first-out queue.
+"""One engine, one worker thread: requests wait in a bounded line and are answered one by one, or some together.
 
 A request takes a place before its images are decoded and holds it until its answer has ended, so at most
-``max_queue`` + 1 requests have pictures in memory. A cancelled request gives its place back at once while it
-waits, and within one token while it is answered.
+``max_queue`` + ``rows`` requests have pictures in memory. A cancelled request gives its place back at once while it
+waits, and within one token while it is answered. Requests that are answered together begin together: who comes while
+they are answered waits for the next batch.
 """
 
 import logging
 import math
 import threading
 import time
-from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import cast
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.serve.work import AnswerEngine, Cancelled, Delta, Done, Event, Failed, Job, Stopped
+from expertflow_quant.runtime.schedule import PATIENCE
+from expertflow_quant.serve.batch import Batch, done_of
+from expertflow_quant.serve.line import Line
+from expertflow_quant.serve.work import AnswerEngine, BatchEngine, Cancelled, Delta, Done, Event, Failed, Job, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -21,22 +26,32 @@ log = logging.getLogger(__name__)
 class QueueFull(ExpertFlowError):
     """No place is free; ``retry_after`` seconds are about one answer's time."""
 
-    def __init__(self, max_queue: int, retry_after: int) -> None:
+    def __init__(self, max_queue: int, retry_after: int, rows: int = 1) -> None:
+        answered = "one request is" if rows == 1 else f"{rows} requests are"
         super().__init__(
-            f"one request is answered and {max_queue} wait, as many as --max-queue allows: "
+            f"{answered} answered and {max_queue} wait, as many as --max-queue allows: "
             f"try again in {retry_after} s or raise --max-queue"
         )
         self.retry_after = retry_after
 
 
 class RequestQueue:
-    """Between ``start()`` and ``stop()`` it answers what is submitted. Safe to call from any thread."""
+    """Between ``start()`` and ``stop()`` it answers what is submitted, up to ``rows`` requests together, chosen with
+    ``patience`` (line.py). ``on_batch(requests, distinct experts)`` hears of every batch. Safe to call from any
+    thread. An engine that answers several together is a BatchEngine."""
 
-    def __init__(self, engine: AnswerEngine, max_queue: int) -> None:
+    def __init__(
+        self,
+        engine: AnswerEngine,
+        max_queue: int,
+        rows: int = 1,
+        patience: int = PATIENCE,
+        on_batch: Callable[[int, float | None], None] | None = None,
+    ) -> None:
         self._engine = engine
-        self._max_queue = max_queue
-        self._jobs: deque[Job] = deque()
-        self._running: Job | None = None
+        self._max_queue, self._rows, self._on_batch = max_queue, rows, on_batch
+        self._line = Line(rows, patience)
+        self._running = 0
         self._places = 0
         self._usual_seconds = 1.0
         self._changed = threading.Condition()
@@ -45,11 +60,11 @@ class RequestQueue:
 
     @property
     def waiting(self) -> int:
-        return len(self._jobs)
+        return len(self._line)
 
     @property
     def running(self) -> int:
-        return int(self._running is not None)
+        return self._running
 
     @property
     def alive(self) -> bool:
@@ -62,8 +77,7 @@ class RequestQueue:
         """Cancel what waits and what runs, and wait up to ``patience`` seconds for the worker to end."""
         with self._changed:
             self._stopped = True
-            dropped = [*self._jobs]
-            self._jobs.clear()
+            dropped = self._line.clear()
             self._changed.notify_all()
         for job in dropped:
             self._end(job, Failed(Stopped("the server stopped")))
@@ -73,8 +87,8 @@ class RequestQueue:
     def take_place(self) -> None:
         """Hold a place; ``submit`` or ``give_back`` must follow. Raises QueueFull."""
         with self._changed:
-            if self._places > self._max_queue:
-                raise QueueFull(self._max_queue, min(60, max(1, math.ceil(self._usual_seconds))))
+            if self._places >= self._max_queue + self._rows:
+                raise QueueFull(self._max_queue, min(60, max(1, math.ceil(self._usual_seconds))), self._rows)
             self._places += 1
 
     def give_back(self) -> None:
@@ -86,7 +100,7 @@ class RequestQueue:
         with self._changed:
             stopped = self._stopped
             if not stopped:
-                self._jobs.append(job)
+                self._line.add(job)
                 self._changed.notify()
         if stopped:
             self._end(job, Failed(Stopped("the server stopped")))
@@ -95,28 +109,46 @@ class RequestQueue:
         """End ``job`` early; nothing happens when it has ended already."""
         job.cancelled.set()
         with self._changed:
-            waited = job in self._jobs
-            if waited:
-                self._jobs.remove(job)
+            waited = self._line.remove(job)
         if waited:
             self._end(job, Failed(Cancelled("the client went away")))
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
+        while jobs := self._next():
             started = time.monotonic()
-            event = self._outcome(job)
+            if len(jobs) == 1:
+                ended = [(jobs[0], self._outcome(jobs[0]))]
+            else:
+                ended = self._together(jobs)
             with self._changed:
-                self._running = None
+                self._running = 0
                 self._usual_seconds += 0.3 * (time.monotonic() - started - self._usual_seconds)
-            self._end(job, event)
+            if self._on_batch is not None:
+                self._on_batch(len(jobs), getattr(self._engine, "distinct_experts", None))
+            for job, event in ended:
+                self._end(job, event)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> list[Job]:
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._stopped)
-            if self._stopped:
-                return None
-            self._running = self._jobs.popleft()
-            return self._running
+            self._changed.wait_for(lambda: len(self._line) or self._stopped)
+            jobs = [] if self._stopped else self._line.next()
+            self._running = len(jobs)
+            return jobs
+
+    def _together(self, jobs: Sequence[Job]) -> list[tuple[Job, Event]]:
+        """Answer ``jobs`` in one call; those that did not end on the way, with how they end."""
+        batch = Batch(cast(BatchEngine, self._engine), jobs, self._end, self._check_open)
+        try:
+            refused = batch.answer()
+        except Exception as error:
+            if not isinstance(error, Stopped | ExpertFlowError):
+                log.exception("answers failed")
+            return [(job, Failed(error)) for job in batch.open]
+        return [(job, self._outcome(job)) for job in refused]
+
+    def _check_open(self) -> None:
+        if self._stopped:
+            raise Stopped("the server stopped")
 
     def _outcome(self, job: Job) -> Event:
         try:
@@ -138,11 +170,10 @@ class RequestQueue:
         result = pieces.last
         if result is None:
             raise RuntimeError("the engine ended a stream without a result")
-        return Done(result.finish_reason, result.prompt_tokens, result.image_tokens, result.completion_tokens)
+        return done_of(result)
 
     def _check_wanted(self, job: Job) -> None:
-        if self._stopped:
-            raise Stopped("the server stopped")
+        self._check_open()
         if job.cancelled.is_set():
             raise Cancelled("the client went away")
 

@@ -32,6 +32,14 @@ class AnswerStream(Protocol):
     def close(self) -> None: ...
 
 
+class BatchAnswers(Protocol):
+    """Events of answers computed together: (row, piece) and, once for each row, (row, its answer)."""
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]: ...
+    def drop(self, row: int) -> None: ...
+    def close(self) -> None: ...
+
+
 class CacheStats(Protocol):
     """Counts since the engine was loaded."""
 
@@ -60,6 +68,22 @@ class AnswerEngine(Protocol):
         seed: int | None,
         stop: Sequence[str],
     ) -> AnswerStream: ...
+
+
+class BatchEngine(AnswerEngine, Protocol):
+    """What it needs beside that where several requests are answered together."""
+
+    @property
+    def distinct_experts(self) -> float | None: ...
+    def stream_many(
+        self,
+        conversations: Sequence[Sequence[ChatMessage]],
+        max_new_tokens: Sequence[int],
+        *,
+        temperature: float,
+        top_p: float,
+        stop: Sequence[str],
+    ) -> BatchAnswers: ...
 
 
 @dataclass(frozen=True)
@@ -110,11 +134,13 @@ Event = Delta | Done | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. ``deliver`` takes its events and may be called from the worker's thread."""
+    """A request on its way. ``deliver`` takes its events and may be called from the worker's thread; ``path`` is what
+    was foretold of it."""
 
     messages: Sequence[ChatMessage]
     sampling: Sampling
     deliver: Callable[[Event], None]
     born: float = field(default_factory=time.monotonic)
+    path: Any = None
     first_token: float | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)

@@ -121,10 +121,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(engine: Any, limits: Limits, name: str = "tiny") -> Iterator[Server]:
+def running(engine: Any, limits: Limits, name: str = "tiny", batching: Any = None) -> Iterator[Server]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(engine, name, limits), log_level="warning", lifespan="on")
+    config = uvicorn.Config(create_app(engine, name, limits, batching), log_level="warning", lifespan="on")
     config.timeout_graceful_shutdown = 2
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -147,8 +147,8 @@ def serve() -> Iterator[Callable[..., Server]]:
     """Start servers for one test: serve(engine, max_queue=1)."""
     with contextlib.ExitStack() as stack:
 
-        def start(engine: Any, name: str = "tiny", **limits: int) -> Server:
-            return stack.enter_context(running(engine, replace(Limits(), **limits), name))
+        def start(engine: Any, name: str = "tiny", batching: Any = None, **limits: int) -> Server:
+            return stack.enter_context(running(engine, replace(Limits(), **limits), name, batching))
 
         yield start
 

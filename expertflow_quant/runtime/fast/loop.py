@@ -198,7 +198,7 @@ class _Answers:
             if self._open[row]:
                 self._answers[row].append(token)
                 if self._streamer is not None:
-                    self._streamer.put(torch.tensor([token]))
+                    self._streamer.put_at(row, token)
                 self._open[row] = token not in self._end_ids and not (self._stop and self._stop.met(self._answers[row]))
         if self._cancellable is not None and self._cancellable.event.is_set():
             return True

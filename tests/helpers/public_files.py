@@ -46,12 +46,16 @@ def document_questions(count: int = 6) -> list[Question]:
 def _questions(task: str, count: int) -> list[Question]:
     questions = []
     for i, item in enumerate(make_items(task, "test", count, seed=3)):
-        buffer = io.BytesIO()
-        item.image.save(buffer, "PNG")
-        questions.append(
-            Question(i, "", item.question, list(item.answers), buffer.getvalue(), f"{item.image_key[:12]}.png")
-        )
+        name = f"{item.image_key[:12]}.png"
+        questions.append(Question(i, "", item.question, list(item.answers), png(item.image), name))
     return questions
+
+
+def png(image: Any) -> bytes:
+    """A PIL image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _struct(question: Question) -> dict[str, Any]:

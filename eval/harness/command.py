@@ -26,6 +26,9 @@ def lmms(
     generated: Annotated[
         int | None, typer.Option(min=1, help="instead of files: so many generated charts and documents, as such files")
     ] = None,
+    altered: Annotated[
+        bool, typer.Option(help="change three of four generated answers, so that scores of every size occur")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many items of each")] = None,
     expert_memory: Annotated[str, typer.Option(help="device bytes for experts: 2MiB, 25% ...")] = "25%",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
@@ -38,7 +41,7 @@ def lmms(
     console = make_console()
     system = System(out.stem, model.name, model, expert_memory)
     try:
-        with _files({"chartqa": chartqa_path, "docvqa": docvqa_path}, generated) as paths:
+        with _files({"chartqa": chartqa_path, "docvqa": docvqa_path}, generated, altered) as paths:
             version, tasks = compare_with_harness(
                 system, paths, batch_size=batch_size, device=device, limit=limit, ask_again=ask_again
             )
@@ -46,7 +49,7 @@ def lmms(
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     settings = {"model": short_path(model), "expert_memory": expert_memory if system.is_checkpoint else None}
-    settings |= {"batch_size": batch_size, "limit": limit, "generated": generated}
+    settings |= {"batch_size": batch_size, "limit": limit, "generated": generated, "altered": altered}
     made = provenance("eval", sys.argv[1:], device) | {"lmms_eval": version}
     write_json(out, {"made": made, "settings": settings, "tasks": [task.to_json() for task in tasks]})
     write_items(out.with_suffix(".jsonl"), tasks)
@@ -58,7 +61,7 @@ def lmms(
 
 
 @contextmanager
-def _files(paths: Mapping[str, Path | None], generated: int | None) -> Iterator[dict[str, Path]]:
+def _files(paths: Mapping[str, Path | None], generated: int | None, altered: bool) -> Iterator[dict[str, Path]]:
     """The paths that were given, or those of generated files that last as long as the block."""
     given = {name: path for name, path in paths.items() if path is not None}
     if bool(given) == (generated is not None):
@@ -67,7 +70,7 @@ def _files(paths: Mapping[str, Path | None], generated: int | None) -> Iterator[
         yield given
         return
     with tempfile.TemporaryDirectory(prefix="generated-") as folder:
-        yield write_generated(Path(folder), generated)
+        yield write_generated(Path(folder), generated, altered)
 
 
 def harness_table(tasks: Sequence[HarnessTask], title: str) -> Table:

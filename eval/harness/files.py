@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,33 @@ DOCVQA_FEATURES = {
 }
 
 
-def write_generated(folder: Path, items: int, seed: int = 0) -> dict[str, Path]:
+def write_generated(folder: Path, items: int, altered: bool = False) -> dict[str, Path]:
     """``items`` held-out charts as lmms-lab/ChartQA has them and as many documents as lmms-lab/DocVQA; by data set,
-    its folder."""
-    charts, documents = (make_items(task, "test", items, seed=seed) for task in ("chart", "document"))
+    its folder. ``altered``: see ``alter``."""
+    charts, documents = (make_items(task, "test", items) for task in ("chart", "document"))
+    if altered:
+        charts, documents = ([alter(item, i) for i, item in enumerate(made)] for made in (charts, documents))
     paths = {"chartqa": folder / "ChartQA", "docvqa": folder / "DocVQA"}
     write_table(paths["chartqa"] / "data" / "test-00000-of-00001.parquet", chartqa_rows(charts), CHARTQA_FEATURES)
     write_table(
         paths["docvqa"] / "DocVQA" / "validation-00000-of-00001.parquet", docvqa_rows(documents), DOCVQA_FEATURES
     )
     return paths
+
+
+def alter(item: Item, number: int) -> Item:
+    """``item`` with other answers than the picture's, but for every fourth: a model that is right gets scores of every
+    size. Numbers become 5 % larger (which counts as right), a percentage, or 6 % larger; words are put in capitals,
+    lose their last letter, or are said twice."""
+
+    def changed(answer: str) -> str:
+        try:
+            value = float(answer)
+        except ValueError:
+            return (answer, answer.upper(), f"{answer[:-1]}#", f"{answer} {answer} too")[number % 4]
+        return (answer, repr(1.05 * value), f"{answer}%", repr(1.06 * value))[number % 4]
+
+    return replace(item, answers=tuple(map(changed, item.answers)))
 
 
 def chartqa_rows(items: Sequence[Item]) -> list[dict[str, Any]]:

@@ -223,3 +223,13 @@ def test_generated_files_have_the_public_schemas(tmp_path):
         task = file_task(name, written[name])
         assert len(task.items) == 4
         assert len({item.image_key for item in task.items}) == 2
+
+
+def test_altered_answers_bring_scores_of_every_size(tmp_path):
+    asked, answered = write_generated(tmp_path / "altered", 40, altered=True), write_generated(tmp_path / "plain", 40)
+    for name in asked:
+        task, right = file_task(name, asked[name]), file_task(name, answered[name])
+        found = [task.metric.score(r.answers[0], i.answers) for i, r in zip(task.items, right.items, strict=True)]
+        assert set(found[::4]) == {1.0}
+        assert {0.0, 1.0} <= set(found)
+        assert any(0 < score < 1 for score in found) == (name == "docvqa")

@@ -10,13 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eval.systems import system_named
 from eval.data.load import TASK_NAMES, make_tasks
+from eval.harness.compare import require_comparable
+from eval.harness.option import Harness, harness_results
 from eval.judge import Judgement, System, judge
 from eval.noise import noise_floor, noise_table
 from eval.provenance import provenance
 from eval.report import cells_table, make_console, percent, results_json, systems_table, write_json
 from eval.runner import progress_bar
+from eval.systems import system_named
 from eval.tasks import Task
 from expertflow_quant.formats import ExpertFlowError
 
@@ -43,6 +45,9 @@ def run(
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="shrink larger images to so many pixels before any model sees them")
     ] = None,
+    harness: Annotated[
+        Harness | None, typer.Option(help="score by its stock tasks on the same files too, item by item beside ours")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="of the generated items")] = 0,
 ) -> None:
@@ -57,18 +62,22 @@ def run(
         tasks = make_tasks(task or list(given), given, limit=limit, seed=seed, max_pixels=max_pixels)
         say_damaged(tasks, console)
         systems = [(system_named(model, expert_memory), batch_size)]
+        if harness:
+            require_comparable(systems[0][0], tasks, max_pixels)
         if noise_batch_size is not None:
             systems.append((_again(systems[0][0], noise_batch_size), noise_batch_size))
         with progress_bar(console) as bar:
             judged = [judge(s, tasks, out, batch_size=size, device=device, bar=bar) for s, size in systems]
+        how = {"batch_size": batch_size, "device": device, "limit": limit}
+        scored = {"harness": harness_results(judged[0], tasks, given, out, console, **how)} if harness else {}
     except ExpertFlowError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     settings = {"expert_memory": expert_memory, "batch_size": batch_size, "limit": limit, "max_pixels": max_pixels}
     results = results_json(provenance("eval", sys.argv[1:], device), settings | {"seed": seed}, tasks, judged, [])
+    results |= scored
     console.print(systems_table(judged, tasks))
-    for one in tasks:
-        console.print(kinds_table(judged[0], one))
+    console.print(kinds_table(judged[0], tasks))
     say_failures(judged[0], console)
     if noise_batch_size is not None:
         floors = noise_floor(judged[0], judged[1], tasks, (batch_size, noise_batch_size))
@@ -78,11 +87,13 @@ def run(
     console.print(f"results.json and every answer: {out}", highlight=False)
 
 
-def kinds_table(judgement: Judgement, task: Task) -> Table:
-    """The score of a task and of each kind of question in it (ChartQA: human and augmented)."""
-    kinds = {"all": (judgement.mean(task.name), len(task.items))} | judgement.by_kind(task.name)
-    rows = [[kind, percent(mean), str(items)] for kind, (mean, items) in kinds.items()]
-    return cells_table(f"{task.title}, {task.source}", ["questions", f"{task.metric.title} %", "items"], rows)
+def kinds_table(judgement: Judgement, tasks: Sequence[Task]) -> Table:
+    """The score of each task and of each kind of question in it (ChartQA: human and augmented)."""
+    rows = []
+    for task in tasks:
+        kinds = {"all": (judgement.mean(task.name), len(task.items))} | judgement.by_kind(task.name)
+        rows += [[task.title, kind, task.metric.title, percent(m), str(n)] for kind, (m, n) in kinds.items()]
+    return cells_table("", ["task", "questions", "metric", "score %", "items"], rows)
 
 
 def say_damaged(tasks: Sequence[Task], console: Console) -> None:

@@ -46,17 +46,17 @@ def make_tasks(
 def file_task(name: str, path: Path | str, limit: int | None = None, max_pixels: int | None = None) -> Task:
     """The task that files hold, in their order, as many as ``limit``; images shrunk to ``max_pixels`` if that is set.
 
-    Raises DataError where there is nothing, nothing that is understood, or no row with an answer.
+    Raises DataError where there is nothing, nothing that is understood, or no row that can be asked.
     """
     data_set = DATA_SETS[name]
     source = open_source(data_set, path)
     items = read_items(data_set, source, limit, max_pixels)
     if not items:
         raise DataError(f"{data_set.title}: {path} holds no rows: {data_set.remedy}")
-    if all(not item.answers for item in items):
+    if all(item.damage is not None for item in items):
         raise DataError(
-            f"{data_set.title}: no row of {path} has an answer (those of DocVQA's test split are not public): "
-            f"{data_set.remedy}"
+            f"{data_set.title}: none of {len(items)} rows of {path} can be asked; the first one: {items[0].damage} "
+            f"(the answers of DocVQA's test split are not public): {data_set.remedy}"
         )
     told = f", split {source.split}" if source.split else ""
     shrunk = f", at most {max_pixels} pixels an image" if max_pixels else ""

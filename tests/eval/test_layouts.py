@@ -241,6 +241,60 @@ def test_damaged_rows_are_counted_named_and_score_zero(layout, tmp_path):
         _ = task.items[5].image
 
 
+def test_images_may_be_named_instead_of_held(tmp_path):
+    """A table may hold paths: in the image's struct, as a text, or in a TSV of which the images were moved out."""
+    import pyarrow as pa
+
+    public.write_images(CHARTS, tmp_path / "images")
+    whole, tables = public.lmms_lab_chartqa(CHARTS), {}
+    paths = [{"bytes": None, "path": f"images/{q.image_name}"} for q in CHARTS]
+    at = whole.schema.get_field_index("image")
+    tables["struct"] = whole.set_column(at, "image", pa.array(paths, whole.schema.field(at).type))
+    tables["text"] = whole.set_column(at, "image", pa.array([q.image_name for q in CHARTS]))
+    for name, table in tables.items():
+        task = file_task("chartqa", public.write_parquet(table, tmp_path / f"{name}.parquet"))
+        assert shown(task) == expected(CHARTS, "chartqa")
+    lines = [f"{q.number}\timages/{q.image_name}\t{q.number}?\tgold\ttest_{q.split}" for q in CHARTS]
+    names = "index\timage_path\tquestion\tanswer\tsplit"
+    (tmp_path / "ChartQA_TEST_local.tsv").write_text("\n".join([names, *lines]) + "\n")
+    items = file_task("chartqa", tmp_path / "ChartQA_TEST_local.tsv").items
+    assert [item.source.read() for item in items] == [q.image for q in CHARTS]
+
+
+def test_images_that_are_missing_altogether_are_no_task(tmp_path):
+    folder = public.write_chartqa_json(CHARTS, tmp_path)
+    for path in (folder / "test" / "png").iterdir():
+        path.unlink()
+    (folder / "train" / "png" / CHARTS[0].image_name).unlink()
+    with pytest.raises(DataError, match=r"none of 8 rows .* can be asked; the first one: image file .*\.png cannot be"):
+        file_task("chartqa", folder)
+
+
+@pytest.mark.parametrize("saved", ["one split", "splits", "parquet"])
+def test_what_the_datasets_library_writes_is_read(saved, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    types = {"human_or_machine": datasets.ClassLabel(names=["human", "machine"]), "image": datasets.Image()}
+    features = datasets.Features({**types, "query": datasets.Value("string"), "label": [datasets.Value("string")]})
+    rows = [
+        {
+            "query": q.text,
+            "label": q.answers,
+            "human_or_machine": int(q.split == "augmented"),
+            "image": {"bytes": q.image, "path": None},
+        }
+        for q in CHARTS
+    ]
+    made = datasets.Dataset.from_list(rows, features=features)
+    if saved == "one split":
+        made.save_to_disk(tmp_path / "x", num_shards=2)
+    elif saved == "splits":
+        datasets.DatasetDict({"train": made.select([0]), "test": made}).save_to_disk(tmp_path / "x")
+    else:
+        (tmp_path / "x" / "data").mkdir(parents=True)
+        made.to_parquet(tmp_path / "x" / "data" / "test-00000-of-00001.parquet")
+    assert shown(file_task("chartqa", tmp_path / "x")) == expected(CHARTS, "chartqa")
+
+
 def test_a_jpeg_cut_short_is_found_when_it_is_asked(tmp_path):
     buffer = io.BytesIO()
     Image.effect_noise((200, 200), 90).convert("RGB").save(buffer, "JPEG")
@@ -298,7 +352,7 @@ def test_splits_and_configurations_that_cannot_be_told_are_named(tmp_path):
     with pytest.raises(DataError, match="configurations 'a', 'b'"):
         file_task("chartqa", tmp_path / "two")
     public.write_parquet(TABLES["docvqa"](without_answers()), tmp_path / "test-0.parquet")
-    with pytest.raises(DataError, match=r"no row of .* has an answer"):
+    with pytest.raises(DataError, match=r"none of 2 rows .* can be asked; the first one: it has no answers"):
         file_task("docvqa", tmp_path / "test-0.parquet")
 
 

@@ -5,16 +5,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from eval.harness.compare import HarnessTask, compare_with_harness, write_items
+from eval.data.load import make_tasks
+from eval.harness.compare import HarnessTask, compare_with_harness, require_comparable, write_items
 from eval.harness.files import write_generated
-from eval.judge import System
+from eval.judge import Judgement, System, judge
 from eval.provenance import provenance, short_path
 from eval.report import cells_table, make_console, percent, write_json
+from eval.tasks import Task
 from expertflow_quant.formats import ExpertFlowError
 
 
@@ -40,11 +42,13 @@ def lmms(
     """Score by the field's harness, each item beside our score of the same answer; code 1 where they differ."""
     console = make_console()
     system = System(out.stem, model.name, model, expert_memory)
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device}
     try:
         with _files({"chartqa": chartqa_path, "docvqa": docvqa_path}, generated, altered) as paths:
-            version, tasks = compare_with_harness(
-                system, paths, batch_size=batch_size, device=device, limit=limit, ask_again=ask_again
-            )
+            read = make_tasks(list(paths), paths, limit=limit)
+            require_comparable(system, read)
+            asked = _asked_by_us(system, read, how) if ask_again else None
+            version, tasks = compare_with_harness(system, paths, read, limit=limit, asked=asked, **how)
     except (ExpertFlowError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -58,6 +62,11 @@ def lmms(
     if not all(task.agrees for task in tasks):
         console.print('[red]lmms-eval and our evaluator differ: see "different" in the results[/red]')
         raise typer.Exit(1)
+
+
+def _asked_by_us(system: System, tasks: Sequence[Task], how: Mapping[str, Any]) -> Judgement:
+    with tempfile.TemporaryDirectory(prefix="asked-by-us-") as folder:
+        return judge(system, tasks, Path(folder), **how)
 
 
 @contextmanager

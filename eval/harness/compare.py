@@ -1,17 +1,15 @@
 """One model through lmms-eval and through our metrics, and, if asked for, through our own evaluator as well."""
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.data.load import file_task
 from eval.harness.join import JoinedItem, agreement, joined
 from eval.harness.run import require_harness, run_harness
 from eval.harness.stock import STOCK_TASKS, HarnessError, StockTask
-from eval.judge import System, judge
+from eval.judge import Judgement, System
 from eval.records import ItemResult
 from eval.tasks import Task
 
@@ -53,54 +51,55 @@ class HarnessTask:
         }
 
 
+def require_comparable(system: System, tasks: Sequence[Task], max_pixels: int | None = None) -> None:
+    """Raises HarnessError, before anything is asked, where lmms-eval is missing or cannot ask the same as we do."""
+    require_harness()
+    if system.endpoint is not None:
+        raise HarnessError(f"{system.label} is a server, and lmms-eval is given models in folders: leave --harness out")
+    if max_pixels is not None:
+        raise HarnessError("lmms-eval's stock tasks shrink no image: leave out --max-pixels or --harness")
+    if not any(task.name in STOCK_TASKS for task in tasks):
+        names = " or ".join(data_set.option for data_set in (task.data_set for task in STOCK_TASKS.values()))
+        raise HarnessError(f"none of the tasks is one of lmms-eval's stock tasks here: give files with {names}")
+    for task in tasks:
+        if task.name in STOCK_TASKS and task.damaged:
+            first, damage = next(iter(task.damaged.items()))
+            raise HarnessError(
+                f"{len(task.damaged)} of {len(task.items)} rows of {task.title} are damaged (first {first}: {damage}), "
+                "and lmms-eval ends at such a row: mend the file, or leave the harness out"
+            )
+
+
 def compare_with_harness(
     system: System,
     paths: Mapping[str, Path],
+    tasks: Sequence[Task],
     *,
     batch_size: int,
     device: str,
     limit: int | None = None,
-    ask_again: bool = False,
+    asked: Judgement | None = None,
 ) -> tuple[str, list[HarnessTask]]:
-    """lmms-eval's version, and its stock tasks on the files of ``paths`` (by our names: "chartqa", "docvqa").
+    """lmms-eval's version, and those of ``tasks`` that are among its stock tasks, as it scored ``system`` on them.
 
-    ``limit``: first items of each task. ``ask_again``: our own evaluator asks ``system`` the same items, in the same
-    batches. Raises HarnessError, DataError, and what loading a model raises.
+    ``paths``: by task, the files that ``tasks`` were read from, with the same ``limit`` of items. ``asked``: what our
+    own evaluator was answered. Raises HarnessError, DataError.
     """
-    require_harness()
-    stocks = {STOCK_TASKS[name]: path for name, path in paths.items()}
-    tasks = {stock: undamaged(file_task(name, paths[name], limit)) for stock, name in zip(stocks, paths, strict=True)}
-    found = run_harness(harness_model(system, batch_size, device), stocks, limit)
-    asked = asked_by_us(system, list(tasks.values()), batch_size, device) if ask_again else {}
-    return found["version"], [
-        HarnessTask(stock, task, harness["scores"], joined(stock, task, harness["samples"]), asked.get(task.name, ()))
-        for stock, task in tasks.items()
-        for harness in (found["tasks"][stock.name],)
-    ]
-
-
-def asked_by_us(system: System, tasks: Sequence[Task], batch_size: int, device: str) -> dict[str, list[ItemResult]]:
-    """What our own evaluator is answered, by task."""
-    with tempfile.TemporaryDirectory(prefix="asked-by-us-") as folder:
-        judgement = judge(system, tasks, Path(folder), batch_size=batch_size, device=device)
-    return {task.name: judgement.of_task(task.name) for task in tasks}
+    require_comparable(system, tasks)
+    stocks = {STOCK_TASKS[task.name]: task for task in tasks if task.name in STOCK_TASKS}
+    data = {stock: paths[task.name] for stock, task in stocks.items()}
+    found = run_harness(harness_model(system, batch_size, device), data, limit)
+    compared = []
+    for stock, task in stocks.items():
+        theirs, ours = found["tasks"][stock.name], asked.of_task(task.name) if asked else ()
+        compared.append(HarnessTask(stock, task, theirs["scores"], joined(stock, task, theirs["samples"]), ours))
+    return found["version"], compared
 
 
 def harness_model(system: System, batch_size: int, device: str) -> dict[str, Any]:
     """``system`` as the arguments of our model in the harness."""
     arguments = {"pretrained": str(system.path.resolve()), "device": device, "batch_size": batch_size}
     return arguments | ({"expert_memory": system.expert_memory} if system.is_checkpoint else {})
-
-
-def undamaged(task: Task) -> Task:
-    """``task`` itself. Raises HarnessError for damaged rows, at which lmms-eval ends; our own evaluator goes on."""
-    damaged = [item for item in task.items if getattr(item, "damage", None)]
-    if damaged:
-        raise HarnessError(
-            f"{len(damaged)} of {len(task.items)} rows of {task.title} are damaged (first {damaged[0].id}: "
-            f"{damaged[0].damage}), and lmms-eval ends at such a row: mend the file, or leave the harness out"
-        )
-    return task
 
 
 def write_items(path: Path, tasks: Sequence[HarnessTask]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from eval.data.hub import Splits, by_split, choose, hub_splits, newest_snapshot
 from eval.data.sets import CHARTQA, DOCVQA, DataSet
 from eval.data.tables import saved_splits, table_files
+from expertflow_quant.formats import ExpertFlowError
 
 
-class HarnessError(ValueError):
+class HarnessError(ExpertFlowError):
     """The harness is missing, failed, or disagrees about what was asked: the message names the remedy."""
 
 

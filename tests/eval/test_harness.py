@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from eval.data.errors import DataError
 from eval.data.load import file_task
+from eval.endpoint import Endpoint
 from eval.harness import compare
 from eval.harness.command import lmms
 from eval.harness.files import CHARTQA_FEATURES, DOCVQA_FEATURES, write_generated
@@ -20,6 +21,8 @@ from eval.harness.join import agreement, joined
 from eval.harness.stock import CHARTQA_TASK, DOCVQA_TASK, HarnessError
 from eval.harness.worker import sample, scores
 from eval.judge import System
+from eval.run import run
+from eval.tasks import generated_task
 
 CHARTS, DOCUMENTS = public.chart_questions(), public.document_questions()
 
@@ -146,9 +149,9 @@ def test_what_the_harness_logs_is_read():
     assert scores(means) == {"anls": 0.5}
 
 
-def asked(*arguments):
+def asked(*arguments, command=lmms):
     app = typer.Typer()
-    app.command()(lmms)
+    app.command()(command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -179,17 +182,23 @@ def test_the_command_writes_both_scores_of_every_item(paths, tmp_path, monkeypat
     assert json.loads(out.read_text())["tasks"][0]["bit_equal_scores"] == 0
 
 
-def test_our_own_evaluator_asks_the_same_items(paths, tmp_path, small_moe, monkeypatch):
+def test_the_run_command_asks_the_harness_too(paths, tmp_path, small_moe, monkeypatch):
     monkeypatch.setattr(compare, "require_harness", lambda: None)
     monkeypatch.setattr(compare, "run_harness", played())
-    system = System("small", "small", small_moe)
-    _, (task,) = compare.compare_with_harness(
-        system, {"chartqa": paths["chartqa"]}, batch_size=2, device="cpu", limit=3, ask_again=True
-    )
-    assert [ours.id for ours in task.asked] == [item.id for item in task.items]
-    found = task.to_json()["asked_by_us"]
-    assert found["same_predictions"] < 3  # an untrained model does not say what the played one does
-    assert not task.agrees
+    given = [small_moe, "--out", tmp_path / "out", "--chartqa-path", paths["chartqa"], "--docvqa-path", paths["docvqa"]]
+    outcome = asked(*given, "--limit", 3, "--harness", "lmms-eval", command=run)
+    assert outcome.exit_code == 0, outcome.output
+    assert "lmms-eval played on the same files" in outcome.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["harness"]
+    assert [task["items"] for task in found["tasks"]] == [3, 3]
+    assert [task["harness_scores"] for task in found["tasks"]] == [{"relaxed_overall": 1.0}, {"anls": 1.0}]
+    ours = found["tasks"][0]["asked_by_us"]
+    assert ours["same_predictions"] < 3  # an untrained model does not say what the played one does
+    assert "differ: see lmms-eval.jsonl" in outcome.output
+    assert len((tmp_path / "out" / "lmms-eval.jsonl").read_text().splitlines()) == 6
+    outcome = asked(*given, "--max-pixels", 100, "--harness", "lmms-eval", command=run)
+    assert outcome.exit_code == 1
+    assert "leave out --max-pixels or --harness" in outcome.output
 
 
 def test_wishes_that_cannot_be_met_name_their_remedy(paths, tmp_path, monkeypatch):
@@ -203,8 +212,15 @@ def test_wishes_that_cannot_be_met_name_their_remedy(paths, tmp_path, monkeypatc
         assert "--chartqa-path" in outcome.output
     broken = public.lmms_lab_chartqa([replace(CHARTS[0], image=b"no image"), CHARTS[1]])
     broken = public.write_parquet(broken, tmp_path / "broken.parquet")
+    monkeypatch.setattr(compare, "require_harness", lambda: None)
+    system = System("model", "model", tmp_path)
     with pytest.raises(HarnessError, match=r"1 of 2 rows of ChartQA are damaged \(first chartqa-0"):
-        compare.undamaged(file_task("chartqa", broken))
+        compare.require_comparable(system, [file_task("chartqa", broken)])
+    with pytest.raises(HarnessError, match=r"give files with --chartqa-path or --docvqa-path"):
+        compare.require_comparable(system, [generated_task("chart", 2)])
+    server = System("served", "served", tmp_path, endpoint=Endpoint("http://127.0.0.1:1/v1"))
+    with pytest.raises(HarnessError, match="served is a server"):
+        compare.require_comparable(server, [file_task("chartqa", paths["chartqa"])])
     with pytest.raises(DataError, match="nothing at"):
         file_task("chartqa", tmp_path / "nowhere")
 

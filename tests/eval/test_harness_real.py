@@ -11,8 +11,9 @@ import pytest
 from helpers import lmms
 from helpers import public_files as public
 
+from eval.data.load import make_tasks
 from eval.harness.compare import compare_with_harness
-from eval.judge import System
+from eval.judge import System, judge
 from expertflow_quant.pipeline.quantize import quantize_model
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +58,10 @@ def saved(folder):
 def test_scores_are_ours_bit_for_bit(layout, model, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     system = System("model", "model", checkpoint if model == "quantized" else SHIPPED, "50%")
-    version, tasks = compare_with_harness(system, layout(tmp_path), batch_size=8, device="cpu", ask_again=True)
+    paths = layout(tmp_path)
+    tasks = make_tasks(list(paths), paths)
+    asked = judge(system, tasks, tmp_path / "asked", batch_size=8)
+    version, tasks = compare_with_harness(system, paths, tasks, batch_size=8, device="cpu", asked=asked)
     assert version == importlib.metadata.version("lmms-eval")
     assert [len(task.items) for task in tasks] == [24, 24]
     for task in tasks:
@@ -99,5 +103,7 @@ def test_nothing_is_asked_of_a_network(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(guard), os.environ.get("PYTHONPATH")))))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     system = System("model", "model", SHIPPED)
-    _, tasks = compare_with_harness(system, hub(tmp_path), batch_size=4, device="cpu", limit=4)
+    paths = hub(tmp_path)
+    read = make_tasks(list(paths), paths, limit=4)
+    _, tasks = compare_with_harness(system, paths, read, batch_size=4, device="cpu", limit=4)
     assert [len(task.items) for task in tasks] == [4, 4]

@@ -122,7 +122,9 @@ def score(
             entry = results["predictors"].setdefault(
                 candidate.label, {"fitted": list(candidate.fitted), "trained": candidate.trained, "on": {}}
             )
-            entry["on"][task] = quality(candidate.predictor.scores_for(trace, sight), truth)
+            entry["on"][task] = quality(
+                candidate.predictor.scores_for(trace, sight), truth, isinstance(candidate.predictor, PathPredictor)
+            )
     return results
 
 

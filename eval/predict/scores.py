@@ -16,6 +16,8 @@ from expertflow_quant.offload.trace import GENERATED, PROMPT_IMAGE, PROMPT_TEXT,
 
 KINDS = {"text": PROMPT_TEXT, "image": PROMPT_IMAGE, "generated": GENERATED}
 RESAMPLES, CONFIDENCE = 1000, 0.9
+CHANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Least probabilities at which a guess of a network is acted on."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Truth:
         return self.trace.kind == GENERATED
 
 
-def quality(scores: Tensor, truth: Truth) -> dict[str, Any]:
-    """Every figure of one predictor on one trace."""
+def quality(scores: Tensor, truth: Truth, logits: bool = False) -> dict[str, Any]:
+    """Every figure of one predictor on one trace. ``logits``: its scores are those of probabilities."""
     trace, paths = truth.trace, truth.paths
     found: dict[str, Any] = {"recall": {}, "precision": {}, "recall_at_k_by_layer": {}}
     for name, width in widths(trace.top_k).items():
@@ -50,6 +52,8 @@ def quality(scores: Tensor, truth: Truth) -> dict[str, Any]:
                 kind: [round(float(value), 4) for value in share[mask].mean(0)] for kind, mask in masks(trace).items()
             }
     found["misses"] = misses(scores, truth)
+    if logits:
+        found["misses"]["by_chance"] = by_chance(scores, truth)
     return found
 
 
@@ -98,6 +102,17 @@ def misses(scores: Tensor, truth: Truth) -> dict[str, Any]:
             }
             for how, mask in top.items()
         }
+    return found
+
+
+def by_chance(scores: Tensor, truth: Truth) -> dict[str, dict[str, float | None]]:
+    """Of the absent experts whose probability, the sigmoid of their score, is at least a number: as in ``misses``."""
+    here = truth.decode
+    used, resident, chance = truth.paths[here], truth.resident[here], scores[here].float().sigmoid()
+    missed, found = used & ~resident, {}
+    for least in CHANCES:
+        moved = (chance >= least) & ~resident
+        found[str(least)] = {"recall": _share(moved & missed, missed), "precision": _share(moved & missed, moved)}
     return found
 
 

@@ -1,4 +1,8 @@
-"""The fast path under the trace's routes: captured decode steps, streamed prefill, with or without a look-ahead."""
+"""The fast path under the trace's routes: captured decode steps, streamed prefill, with or without a look-ahead.
+
+Random weights cannot be predicted, so a look-ahead is told by the trace: all of it (an oracle), or guesses drawn with
+the recall and precision that a predictor was measured to have on the misses of a trained model.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.speed.bench import Bench
+from eval.speed.drawn import Drawn, Predictions
 from eval.speed.ours import fast_spec
 from eval.speed.systems import Counters, Setting, SystemSpec
 from expertflow_quant.runtime.experts import LayerExperts, attach
@@ -19,11 +24,15 @@ AHEAD = 2
 """Layers that the oracle's records are filled in before their own."""
 
 
-class TraceRunner:
-    """See ``ours.Runner``. ``ahead``: fill in the next layers' records on a side stream, told by the trace itself: what
-    a perfect prediction would give, not what a model's routers let one know."""
+MISSING = 0.3
+"""Share of the experts wanted that an LRU misses at a quarter of them, about: wrong guesses are drawn in proportion."""
 
-    def __init__(self, bench: Bench, setting: Setting, ahead: int = 0) -> None:
+
+class TraceRunner:
+    """See ``ours.Runner``. ``ahead``: fill in the records of the layer so many layers on, told by the trace itself, or
+    by ``predictions`` drawn from it."""
+
+    def __init__(self, bench: Bench, setting: Setting, ahead: int = 0, predictions: Predictions | None = None) -> None:
         made = bench.backbone()
         for layer, moe in enumerate(made.layers):
             attach(moe.module, LayerExperts(cache=None, layer=layer))
@@ -33,9 +42,14 @@ class TraceRunner:
         rows = options.buckets[-1]
         self._step = torch.full((sizes.layers, rows, sizes.top_k), sizes.experts, device=bench.device)
         self._routes: Tensor = self._step
+        self._drawn = None
+        if predictions is not None:
+            share = setting.budget_bytes / bench.expert_bytes
+            self._drawn = Drawn(predictions, sizes, share, MISSING, bench.device)
+        told = self._step if self._drawn is None else self._drawn.ids
 
         def make_ahead(findings: Findings) -> LookAhead:
-            return LookAhead(lambda layer, hidden: self._step[layer], ahead, bench.device)
+            return LookAhead(lambda layer, hidden: told[layer], ahead, bench.device)
 
         self._runner = build_fast(
             made.model,
@@ -64,6 +78,8 @@ class TraceRunner:
         self._routes = self._step
         with torch.inference_mode():
             self._step[:, : routes.shape[1]].copy_(routes)
+            if self._drawn is not None:
+                self._drawn.draw(routes)
             self._runner.graphs.step(self._bucket)
 
     def counters(self) -> Counters:
@@ -81,7 +97,12 @@ def _made(ahead: int) -> Callable[[Bench, Setting], TraceRunner]:
     return lambda bench, setting: TraceRunner(bench, setting, ahead)
 
 
+def _predicted(bench: Bench, setting: Setting) -> TraceRunner:
+    return TraceRunner(bench, setting, AHEAD, Predictions.measured())
+
+
 OURS: tuple[SystemSpec, ...] = (
     fast_spec(_made(0), "graph", "ours: graph"),
+    fast_spec(_predicted, "graph-predicted", "ours: graph, guesses 2 layers ahead, drawn as a predictor makes them"),
     fast_spec(_made(AHEAD), "graph-oracle", "ours: graph, told 2 layers ahead"),
 )

@@ -1,30 +1,48 @@
 """The todo list of ``resolve`` carried out: records from host memory into slots. Moves bytes, and decides nothing."""
 
+from typing import Protocol
+
+from torch import Tensor
+
 from expertflow_quant.kernels import record_at, use_triton
-from expertflow_quant.offload.resident_tables import LayerTables
 
 
-def fill(layer: LayerTables) -> None:
-    """Copy every record on the todo list of ``layer`` into its slot.
+class Todo(Protocol):
+    """Records to be copied: the first todo_count int32 ``[1]`` entries of todo_src, todo_dst int64 (addresses) and
+    todo_nbytes int32."""
+
+    @property
+    def todo_src(self) -> Tensor: ...
+    @property
+    def todo_dst(self) -> Tensor: ...
+    @property
+    def todo_nbytes(self) -> Tensor: ...
+    @property
+    def todo_count(self) -> Tensor: ...
+
+
+def fill(todo: Todo, ahead: bool = False) -> None:
+    """Copy every record on the list to where it goes. ``ahead``: before it is needed, so that whatever else reads host
+    memory meanwhile has the larger part of the link.
 
     On a GPU one launch of few programs, which read pinned host memory through the link and leave the other
     processors to the products.
     """
-    if use_triton(layer.todo_src):
+    if use_triton(todo.todo_src):
         from expertflow_quant.offload.fill_kernel import launch_fill
 
-        launch_fill(layer)
+        launch_fill(todo.todo_src, todo.todo_dst, todo.todo_nbytes, todo.todo_count, ahead)
     else:
-        fill_reference(layer)
+        fill_reference(todo)
 
 
-def fill_reference(layer: LayerTables) -> None:
+def fill_reference(todo: Todo) -> None:
     """``fill`` on a CPU, by plain copies."""
-    count = int(layer.todo_count)
+    count = int(todo.todo_count)
     entries = zip(
-        layer.todo_src[:count].tolist(),
-        layer.todo_dst[:count].tolist(),
-        layer.todo_nbytes[:count].tolist(),
+        todo.todo_src[:count].tolist(),
+        todo.todo_dst[:count].tolist(),
+        todo.todo_nbytes[:count].tolist(),
         strict=True,
     )
     for source, target, nbytes in entries:

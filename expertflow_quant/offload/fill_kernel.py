@@ -3,21 +3,32 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from expertflow_quant.offload.resident_tables import LayerTables
+PROGRAMS, BLOCK = 32, 8192
+"""Programs, and int32 words that each has under way: enough to saturate a PCIe 5 link."""
 
-PROGRAMS = 32  # enough to saturate a PCIe 5 link; more would take processors from the products
-BLOCK = 8192  # int32 words that a program has under way; 4096 reached 4 % less of the link beside products
+AHEAD_PROGRAMS, AHEAD_BLOCK = 16, 4096
+"""The same beside products and fills that are waited for: whoever has more under way gets more of the link."""
+
 WARPS = 8
-
 ALIGNMENT = tl.constexpr(16)
 
 
-def launch_fill(layer: LayerTables, programs: int = PROGRAMS, block: int = BLOCK, num_warps: int = WARPS) -> None:
+def launch_fill(
+    src: Tensor,
+    dst: Tensor,
+    nbytes: Tensor,
+    count: Tensor,
+    ahead: bool = False,
+    programs: int | None = None,
+    block: int | None = None,
+    num_warps: int = WARPS,
+) -> None:
     """``fill.fill`` in one launch."""
-    _fill[(programs,)](
-        layer.todo_src, layer.todo_dst, layer.todo_nbytes, layer.todo_count, BLOCK=block, num_warps=num_warps
-    )
+    programs = programs or (AHEAD_PROGRAMS if ahead else PROGRAMS)
+    block = block or (AHEAD_BLOCK if ahead else BLOCK)
+    _fill[(programs,)](src, dst, nbytes, count, BLOCK=block, num_warps=num_warps)
 
 
 @triton.jit(do_not_specialize_on_alignment=["todo_count"])

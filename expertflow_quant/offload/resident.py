@@ -14,7 +14,7 @@ from expertflow_quant.formats.record import FIELD_ALIGNMENT, RECORD_ALIGNMENT
 from expertflow_quant.kernels import LayoutTable
 from expertflow_quant.offload import fill, resolve
 from expertflow_quant.offload.layer_slots import Pools
-from expertflow_quant.offload.resident_tables import ABSENT, ResidentTables
+from expertflow_quant.offload.resident_tables import ABSENT, LayerTables, ResidentTables
 from expertflow_quant.offload.stats import CacheStats, LayerStats
 from expertflow_quant.offload.store import ExpertStore
 
@@ -73,6 +73,10 @@ class ResidentExperts:
         rows = self._layers[layer]
         return rows.address[: rows.experts]
 
+    def layer(self, layer: int) -> LayerTables:
+        """The controller's own tables of a layer."""
+        return self._layers[layer]
+
     def begin_step(self) -> None:
         """The uses that follow are later than all before; an operation on the device."""
         self._tables.step.add_(1)
@@ -88,10 +92,10 @@ class ResidentExperts:
         elif count and not keep_current:
             resolve.count_hits(rows, ids)
 
-    def fill(self, layer: int) -> None:
-        """Copy the records that the last ``resolve`` of ``layer`` gave slots to."""
+    def fill(self, layer: int, ahead: bool = False) -> None:
+        """Copy the records that the last ``resolve`` of ``layer`` gave slots to; ``ahead``: see ``fill.fill``."""
         if not self._whole[layer]:
-            fill.fill(self._layers[layer])
+            fill.fill(self._layers[layer], ahead)
 
     def prefetch(self, layer: int, ids: Tensor) -> None:
         """Bring experts that will probably be used in this step, in place of none that was used in it already.
@@ -99,7 +103,7 @@ class ResidentExperts:
         For a stream beside the computation. Counts no requests; an expert that is used later is a hit.
         """
         self.choose(layer, ids)
-        self.fill(layer)
+        self.fill(layer, ahead=True)
 
     def choose(self, layer: int, ids: Tensor) -> None:
         """The first half of ``prefetch``: slots for ``ids``, for ``fill`` to follow on whatever stream waits for it."""

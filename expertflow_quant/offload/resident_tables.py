@@ -77,7 +77,7 @@ class ResidentTables:
         self.layers, self.plan = tuple(layers), tuple(plan)
         experts = max(len(layer.nbytes) for layer in layers)
         slots = max(sum(count for _, count in pools) for pools in plan)
-        self._rows = {"experts": _padded(experts), "slots": _padded(slots)}
+        self._rows = {"experts": padded(experts), "slots": padded(slots)}
         self._device = torch.device(device)
 
         sizes = [[nbytes for nbytes, _ in pools] for pools in plan]
@@ -158,7 +158,7 @@ class ResidentTables:
         return self._host(row, values, dtype).to(self._device)
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
     return max(ROW, -(-count // ROW) * ROW)
 
 

@@ -25,7 +25,7 @@ def launch_resolve(
     layer: LayerTables, ids: Tensor, count: bool, keep_current: bool, num_warps: int | None = None
 ) -> None:
     """``resolve.resolve`` in one launch; the ids were checked."""
-    experts, slots = _power(layer.experts), _power(layer.slots)
+    experts, slots = power(layer.experts), power(layer.slots)
     _resolve[(1,)](
         ids,
         layer.step,
@@ -50,41 +50,41 @@ def launch_resolve(
         layer.pools,
         COUNT=count and not keep_current,
         KEEP_CURRENT=keep_current,
-        TILE=_tile(ids.numel(), experts),
+        TILE=tile(ids.numel(), experts),
         EXPERTS=experts,
         SLOTS=slots,
-        num_warps=num_warps or _warps(max(experts, slots)),
+        num_warps=num_warps or warps(max(experts, slots)),
     )
 
 
 def launch_count_hits(layer: LayerTables, ids: Tensor) -> None:
     """``resolve.count_hits`` in one launch."""
-    experts = _power(layer.experts)
+    experts = power(layer.experts)
     _count_hits[(1,)](
         ids,
         layer.counters,
         ids.numel(),
         layer.experts,
-        TILE=_tile(ids.numel(), experts),
+        TILE=tile(ids.numel(), experts),
         EXPERTS=experts,
-        num_warps=_warps(experts),
+        num_warps=warps(experts),
     )
 
 
-def _power(count: int) -> int:
+def power(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def _tile(pairs: int, experts: int) -> int:
+def tile(pairs: int, experts: int) -> int:
     return min(max(8, COMPARED // experts), max(8, triton.next_power_of_2(pairs)))
 
 
-def _warps(width: int) -> int:
+def warps(width: int) -> int:
     return WARPS if width < 256 else WARPS_WIDE
 
 
 @triton.jit
-def _wanted(ids, pairs, experts, TILE: tl.constexpr, EXPERTS: tl.constexpr):
+def wanted_experts(ids, pairs, experts, TILE: tl.constexpr, EXPERTS: tl.constexpr):
     """int32 [EXPERTS]: whether each expert is among the ids."""
     expert = tl.arange(0, EXPERTS)
     seen = tl.zeros([TILE, EXPERTS], dtype=tl.int32)
@@ -99,7 +99,7 @@ def _wanted(ids, pairs, experts, TILE: tl.constexpr, EXPERTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pairs", "experts"], do_not_specialize_on_alignment=["ids"])
 def _count_hits(ids, counters, pairs, experts, TILE: tl.constexpr, EXPERTS: tl.constexpr):
-    hits = tl.sum(_wanted(ids, pairs, experts, TILE, EXPERTS))
+    hits = tl.sum(wanted_experts(ids, pairs, experts, TILE, EXPERTS))
     tl.atomic_add(counters, hits.to(tl.int64), sem="relaxed")
 
 
@@ -160,7 +160,7 @@ def _resolve(
     stamps = tl.load(stamp + slot, mask=slot < slots, other=-1)
     pool_at = tl.load(pool_of_slot + slot, mask=slot < slots, other=0)
 
-    wanted = _wanted(ids, pairs, experts, TILE, EXPERTS)
+    wanted = wanted_experts(ids, pairs, experts, TILE, EXPERTS)
     hit = (wanted > 0) & (old_slot >= 0)
     miss = (wanted > 0) & (old_slot < 0)
     ranked = _victims(wanted, owners, stamps, pool_at, slots, now, KEEP_CURRENT, SLOTS)

@@ -74,6 +74,11 @@ class StagingRing:
         """Whether ``stage`` may be called: the oldest chunk was released (by the host's order of calls)."""
         return self._held[self._next] is None
 
+    @property
+    def places(self) -> Tensor:
+        """All of it, uint8 ``[slots, slot_bytes]``: for work on the compute stream while nothing is staged."""
+        return self._rooms.view(-1, self.slot_bytes)
+
     def room(self, position: int) -> Tensor:
         """The bytes at ``position`` of the ring, uint8 ``[chunk * slot_bytes]``."""
         return self._rooms[position]

@@ -53,7 +53,10 @@ def limit_process(total_bytes: int, device: torch.device | str, driver: int = DR
             f"{format_bytes(whole)} beside what this one holds: end them or give at most "
             f"{(free + reserved + driver) // 2**20} MiB"
         )
-    torch.cuda.set_per_process_memory_fraction(fraction_of(limit, whole), device)
+    index = torch.device(device).index
+    torch.cuda.set_per_process_memory_fraction(
+        fraction_of(limit, whole), torch.cuda.current_device() if index is None else index
+    )
 
 
 def fraction_of(limit: int, whole: int) -> float:

@@ -113,7 +113,7 @@ class StreamedExperts:
             raise ExpertFlowError(
                 f"experts stay on {resident.address.device} but are staged on {ring.device}: make both on one device"
             )
-        self._resident, self._store, self._ring = resident, store, ring
+        self._resident, self._store, self.ring = resident, store, ring
         self._options = options or StreamOptions()
         self._residents: list[list[int]] = []
         self._orders: list[_Order] = []
@@ -148,7 +148,7 @@ class StreamedExperts:
         the device once, and asks for the first copies. A pass that was not finished is given up."""
         self._queue.clear()
         self._staged.clear()
-        self._ring.reset()
+        self.ring.reset()
         self._stats, self._tokens, self._next = StreamStats(), tokens, 0
         self._ahead = self._stages_ahead(tokens)
         self._residents = self._resident.resident_experts()
@@ -226,7 +226,7 @@ class StreamedExperts:
         if residents:
             run(order.short[:residents])
         count = order.experts.shape[0]
-        step = _step(count - residents, self._ring.chunk)
+        step = _step(count - residents, self.ring.chunk)
         for first in range(residents, count, step):
             staged = self._staged.popleft()
             staged.wait()
@@ -258,14 +258,14 @@ class StreamedExperts:
 
     def _ordered(self, layers: Sequence[int], streamed: Sequence[Sequence[int]]) -> list[_Order]:
         """The orders of ``layers`` whose ``streamed`` experts follow the resident ones; one upload for all."""
-        device = self._ring.device
+        device = self.ring.device
         widest = max(len(self._store.layers[layer].nbytes) for layer in layers)
         host = torch.full((2, len(layers), widest), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
         lengths = []
         for row, (layer, others) in enumerate(zip(layers, streamed, strict=True)):
             residents = self._residents[layer]
             experts = torch.tensor([*residents, *others], dtype=torch.int64)
-            step = _step(len(others), self._ring.chunk)
+            step = _step(len(others), self.ring.chunk)
             places = [*range(len(residents)), *(place % step for place in range(len(others)))]
             host[0, row, : len(experts)] = experts
             host[1, row, experts] = torch.tensor(places, dtype=torch.int64)
@@ -278,16 +278,16 @@ class StreamedExperts:
         ]
 
     def _ask(self, layer: int, experts: Sequence[int]) -> None:
-        step = _step(len(experts), self._ring.chunk)
+        step = _step(len(experts), self.ring.chunk)
         self._queue.extend((layer, experts[first : first + step]) for first in range(0, len(experts), step))
         self._pump()
 
     def _pump(self) -> None:
         """Ask for copies while the ring has room; records are looked up only now."""
-        while self._queue and self._ring.has_room:
+        while self._queue and self.ring.has_room:
             layer, experts = self._queue.popleft()
             sizes = [self._store.layers[layer].nbytes[expert] for expert in experts]
-            self._staged.append(self._ring.stage_runs(self._runs(layer, experts), sizes, self._store.pinned))
+            self._staged.append(self.ring.stage_runs(self._runs(layer, experts), sizes, self._store.pinned))
 
     def _runs(self, layer: int, experts: Sequence[int]) -> list[Tensor]:
         """The records of ``experts`` (ascending) as few tensors as possible: neighbours in one slab are one view."""

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from eval.__main__ import app
 from eval.speed.bench import Bench, find_target
+from eval.speed.drawn import Predictions
 from eval.speed.fast import OURS, TraceRunner
 from eval.speed.measure import prompt_tokens
 from eval.speed.systems import Setting
@@ -67,6 +68,25 @@ def test_an_oracle_leaves_no_misses_and_moves_the_same_bytes(bench):
     told, _ = decoded(bench, 0.75, 1, ahead=1)
     assert told.misses == 0
     assert told.bytes_moved >= without.bytes_moved > 0
+
+
+def test_guesses_cost_bytes_and_leave_fewer_misses(bench):
+    setting = Setting("75%", int(bench.expert_bytes * 0.75), 1, PROMPT, STEPS, 0)
+    _, decode, prompt = routes_of(bench, 1)
+    found = {}
+    for name, predictions in (
+        ("none", None),
+        ("good", Predictions(0.9, 0.9, "")),
+        ("wrong", Predictions(0.2, 0.1, "")),
+    ):
+        runner = TraceRunner(bench, setting, 1 if predictions else 0, predictions)
+        runner.prefill(prompt_tokens(setting, bench), prompt)
+        runner.reset_counters()
+        for step in decode:
+            runner.step(step)
+        found[name] = runner.counters()
+    assert found["good"].misses < found["none"].misses
+    assert found["wrong"].bytes_moved > found["none"].bytes_moved
 
 
 def test_the_command_runs_both(tmp_path):

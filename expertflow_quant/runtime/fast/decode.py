@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expertflow_quant.kernels import Gate, combine, decode_attention, few_product, grouped_rows, plan_blocks
 from expertflow_quant.offload.layer_slots import Pools
+from expertflow_quant.offload.overflow import OverflowRoom, may_overflow
 from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.runtime.fast import passes
@@ -39,14 +40,17 @@ class DecodePass:
         self,
         kv: KVRows,
         resident: ResidentExperts,
+        overflow: OverflowRoom,
         gates: Sequence[Gate],
         active: Tensor,
         rows: int,
         routes: Routes | None = None,
         ahead: LookAhead | None = None,
     ) -> None:
-        self._kv, self._resident, self._gates = kv, resident, gates
+        self._kv, self._resident, self._overflow, self._gates = kv, resident, overflow, gates
         self._active, self._rows, self._routes, self._ahead = active[:rows], rows, routes, ahead
+        layers = zip(resident.store.layers, resident.plan, strict=True)
+        self._overflows = [may_overflow(records, pools, rows) for records, pools in layers]
         self._filled: dict[int, Any] = {}
         self._forked: set[Any] = set()
 
@@ -81,11 +85,16 @@ class DecodePass:
         if self._rows > 1 or not self._resident.all_resident(layer):
             self._resident.resolve(layer, ids)
             self._resident.fill(layer)
-        return self._product(layer, module, hidden, ids, weights)
+        addresses = self._resident.addresses(layer)
+        if self._overflows[layer]:
+            addresses = self._overflow.bring(self._resident.layer(layer), ids)
+        return self._product(layer, module, hidden, ids, weights, addresses)
 
-    def _product(self, layer: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _product(
+        self, layer: int, module: Any, hidden: Tensor, ids: Tensor, weights: Tensor, addresses: Tensor
+    ) -> Tensor:
         table, row_of = self._resident.tables[layer]
-        where = self._resident.addresses(layer), row_of, table, self._gates[layer]
+        where = addresses, row_of, table, self._gates[layer]
         if self._rows <= FEW_ROWS:
             return few_product(hidden, ids, weights, *where)
         rows = torch.empty(ids.numel(), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
@@ -97,11 +106,11 @@ class DecodePass:
         ahead = self._ahead
         if ahead is None or layer >= len(self._gates) or self._resident.all_resident(layer):
             return
-        if ahead.streams is None:
+        if (choosing := ahead.choosing) is None:
             if (ids := self._guessed(ahead, layer, hidden)) is not None:
                 self._resident.prefetch(layer, ids)
             return
-        choosing, filling = ahead.streams
+        filling = ahead.filler(layer)
         choosing.wait_stream(torch.cuda.current_stream())
         self._forked.add(choosing)
         with torch.cuda.stream(choosing):
@@ -113,7 +122,7 @@ class DecodePass:
         filling.wait_stream(choosing)
         self._forked.add(filling)
         with torch.cuda.stream(filling):
-            self._resident.fill(layer)
+            self._resident.fill(layer, ahead=True)
             self._filled[layer] = filling.record_event()
 
     def _guessed(self, ahead: LookAhead, layer: int, hidden: Tensor | None) -> Tensor | None:
@@ -121,14 +130,14 @@ class DecodePass:
         if ids is None:
             return None
         ids = ids[: self._rows]
-        if self._rows == 1:
+        if len(ids) == 1:
             return ids
         nobody = len(self._resident.store.layers[layer].nbytes)
         return torch.where(self._active[:, None], ids, nobody)
 
 
 class StreamedDecodePass:
-    """A step whose rows want more experts of a layer than it has slots: missing ones stream past, as in a prefill.
+    """A step whose rows want more experts of a layer than find room: missing ones stream past, as in a prefill.
 
     Runs as it is, not captured: the link takes far longer than the host.
     """
@@ -161,15 +170,16 @@ class StreamedDecodePass:
         return self._streamed.layer(layer, self._gates[layer], hidden, ids, weights, self._active)
 
 
-def overflows(layers: Sequence[LayerRecords], plan: Sequence[Pools], rows: int) -> bool:
-    """Whether ``rows`` tokens, more than one, are expected to meet more experts of some layer than it has slots, if
-    every token drew evenly; never where all have slots. One token's experts are read where they are."""
+def overflows(layers: Sequence[LayerRecords], plan: Sequence[Pools], rows: int, places: int) -> bool:
+    """Whether ``rows`` tokens, more than one, are expected to meet more experts of some layer than it has slots and
+    ``places`` for those without, if every token drew evenly; never where all have slots. One token's experts are read
+    where they are."""
     if rows == 1:
         return False
     for layer, pools in zip(layers, plan, strict=True):
         experts, slots = len(layer.nbytes), sum(count for _, count in pools)
         met = experts * expected_coverage(experts, layer.top_k, rows)
-        if slots < experts and met > slots:
+        if slots < experts and met > slots + places:
             return True
     return False
 
@@ -179,7 +189,7 @@ class DecodeGraphs:
     call ``step``: it runs rows ``[:bucket]``, leaves ``logits(bucket)`` and the greedy ``picked``, and makes everything
     ready for the next step with the picked tokens as input.
 
-    Buckets that want more experts than there are slots stream them instead (``overflows``), with no graph. On the CPU
+    Buckets that want more experts than find room stream them instead (``overflows``), with no graph. On the CPU
     the same operations run without graphs. One thread at a time.
     """
 
@@ -205,10 +215,11 @@ class DecodeGraphs:
         self.active = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.picked = torch.zeros(rows, dtype=torch.int64, device=self.device)
         gates, layers = findings.gates, resident.store.layers
+        overflow = OverflowRoom(streamed.ring.places, max(len(layer.nbytes) for layer in layers))
         self._passes: dict[int, DecodePass | StreamedDecodePass] = {
             bucket: StreamedDecodePass(kv, streamed, gates, self.active, bucket, routes)
-            if overflows(layers, resident.plan, bucket)
-            else DecodePass(kv, resident, gates, self.active, bucket, routes, ahead)
+            if overflows(layers, resident.plan, bucket, overflow.places)
+            else DecodePass(kv, resident, overflow, gates, self.active, bucket, routes, ahead)
             for bucket in self.buckets
         }
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}

@@ -13,6 +13,11 @@ from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.kernels.attention import decode_attention, decode_attention_reference
 
 
+def on(device: str, tensor: Tensor) -> Tensor:
+    """A copy with the strides of ``tensor``, which ``to`` does not always keep."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
+
+
 @dataclass(frozen=True)
 class Case:
     """Inputs of one call on the CPU. The room that a row has not used yet is full of NaN."""
@@ -62,7 +67,7 @@ class Case:
     def run(self, device: str, attention=decode_attention, **options: int) -> tuple[Tensor, Tensor, Tensor]:
         """Output, keys and values afterwards, on the CPU."""
         kept = [each.to(device, copy=True) for each in (self.keys, self.values)]
-        parts = [self.q.to(device), self.k.to(device), self.v.to(device), *kept, self.lengths.to(device)]
+        parts = [on(device, self.q), on(device, self.k), on(device, self.v), *kept, self.lengths.to(device)]
         sinks = None if self.sinks is None else self.sinks.to(device)
         out = attention(*parts, self.scaling, self.window, sinks, **options)
         assert torch.equal(parts[5].cpu(), self.lengths)

@@ -41,6 +41,8 @@ def test_any_number_of_programs_and_any_block_copies_everything(programs, block,
 
     rows, host, slots = make([4096, 256, 1280, 1280, 256], device)
     rows.todo_count[0] = 5
-    launch_fill(rows, programs=programs, block=block, num_warps=4)
+    launch_fill(
+        rows.todo_src, rows.todo_dst, rows.todo_nbytes, rows.todo_count, programs=programs, block=block, num_warps=4
+    )
     for record, slot in zip(host, slots, strict=True):
         assert torch.equal(slot.cpu(), record)

@@ -120,7 +120,7 @@ def test_hits_are_counted_once_per_expert(device):
     [
         (torch.zeros(2, 2), "pass int32 or int64"),
         (torch.zeros(4, dtype=torch.int64), "pass int32 or int64"),
-        (torch.zeros(2, 4, dtype=torch.int64)[:, :2], "contiguous"),
+        (torch.zeros(2, 4, dtype=torch.int64).t(), "contiguous"),
         (torch.zeros(129, 8, dtype=torch.int64), "at most 1024 are resolved at once, so stream the layer"),
     ],
 )

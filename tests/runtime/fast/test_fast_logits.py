@@ -107,7 +107,7 @@ def test_a_look_ahead_only_moves_bytes_early(guess, distance, tmp_path):
         return ids if guess == "right" else (ids + 1) % 8
 
     runner = fast.rebuilt(
-        engine, "60%", options, make_ahead=lambda findings: LookAhead(guessed, distance, torch.device("cpu"))
+        engine, "60%", options, make_ahead=lambda *_: LookAhead(guessed, distance, torch.device("cpu"))
     )
     assert decoded(runner, prompts, 6) == wanted
     assert told == {0: [], 1: []}

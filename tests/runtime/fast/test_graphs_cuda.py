@@ -219,7 +219,7 @@ def test_a_look_ahead_only_moves_bytes_early(guess, distance, engine, items):
         engine,
         "40%",
         options,
-        make_ahead=lambda findings: LookAhead(lambda layer, hidden: shown[layer], distance, torch.device(DEVICE)),
+        make_ahead=lambda *_: LookAhead(lambda layer, hidden: shown[layer], distance, torch.device(DEVICE)),
     )
     got, _, misses = run(runner, told)
     assert torch.equal(got.argmax(dim=-1), want.argmax(dim=-1))
@@ -297,16 +297,25 @@ def plain_logits(model, prompts, following, top_k):
     return torch.stack(logits), torch.stack(clear)
 
 
-def check_logits(got, want, clear, tolerance, least):
-    """Relative errors of whole rows of logits where routes are clear, and greedy tokens where they are, too."""
-    error = (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
+def check_logits(got, plain, exact, clear, least):
+    """Rows of logits, where routes are clear, are about as near to those in float32 as the plain path's in bf16 are,
+    and so are greedy tokens that lead clearly."""
     known = clear > CLEAR_ROUTE
     assert known.float().mean() > least
-    assert float(error[known].max()) < tolerance, error
-    best = want.float().topk(2, dim=-1)[0]
-    sure = known & (best[..., 0] - best[..., 1] > CLEAR_TOKEN * want.float().std(dim=-1))
+    ours, theirs = (relative(each, exact)[known] for each in (got, plain))
+    told = f"errors: largest {ours.max():.4f}, plain {theirs.max():.4f}; mean {ours.mean():.4f}, {theirs.mean():.4f}"
+    print(told)
+    assert float(ours.mean()) < 1.25 * float(theirs.mean()), told
+    assert float(ours.max()) < 1.5 * float(theirs.max()), told
+    assert float(theirs.mean()) < 0.02, told
+    best = exact.topk(2, dim=-1)[0]
+    sure = known & (best[..., 0] - best[..., 1] > CLEAR_TOKEN * exact.std(dim=-1))
     assert sure.float().mean() > least / 4
-    assert torch.equal(got.argmax(dim=-1)[sure], want.argmax(dim=-1)[sure])
+    assert torch.equal(got.argmax(dim=-1)[sure], exact.argmax(dim=-1)[sure])
+
+
+def relative(got, want):
+    return (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
 
 
 @pytest.fixture(scope="module")
@@ -315,14 +324,25 @@ def real():
     return random_moe(config, FORMAT, DEVICE, torch.bfloat16)
 
 
+@pytest.fixture(scope="module")
+def exact(real):
+    """The same weights on the plain path in float32."""
+    model = random_moe(real.config, FORMAT, DEVICE, torch.float32)
+    model.load_state_dict(real.state_dict())
+    attach_cache(model, model.expert_store.nbytes)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
 @pytest.mark.parametrize("memory", ["100%", "80%", "25%", "smallest"])
-def test_logits_at_real_widths(memory, real):
+def test_logits_at_real_widths(memory, real, exact):
     store = real.expert_store
     assert store.nbytes == 2 * 128 * store.layers[0].nbytes[0]
     parts = {"100%": store.nbytes, "80%": store.nbytes * 4 // 5, "25%": store.nbytes // 4}
     budget = parts.get(memory, 2 * store.layers[0].nbytes[0])
     runner = build_fast(real, None, frozenset(), budget, FastOptions(rows=8, room=128))
     assert runner.graphs.streams(8) == (memory not in ("100%", "80%"))
+    assert runner.graphs.streams(4) == (memory == "smallest")
     cases = []
     for bucket, lengths in ((1, [37]), (4, [50, 9, 23]), (8, [64, 3, 17, 40, 41, 8, 29, 60])):
         prompts = random_prompts(lengths, REAL["vocab_size"])
@@ -333,8 +353,9 @@ def test_logits_at_real_widths(memory, real):
     attach_cache(real, store.nbytes)
     real.set_attn_implementation("sdpa")
     for prompts, following, got in cases:
-        want, clear = plain_logits(real, prompts, following, REAL["num_experts_per_tok"])
-        check_logits(got, want, clear, 2e-2, 0.25)
+        plain, clear = plain_logits(real, prompts, following, REAL["num_experts_per_tok"])
+        want, also = plain_logits(exact, prompts, following, REAL["num_experts_per_tok"])
+        check_logits(got, plain, want, torch.minimum(clear, also), 0.25)
 
 
 def test_records_of_the_random_model_differ(real):

@@ -58,7 +58,7 @@ def test_a_guess_for_more_rows_than_a_step_has_is_cut(folder_of):
     engine = load_fast(folder_of(FAMILY), "99%", rows=4)
     everyone = torch.arange(8).view(4, 2)
     options = FastOptions(rows=4, room=160)
-    runner = rebuilt(engine, "99%", options, make_ahead=lambda _: LookAhead(lambda *_: everyone, 1, engine.device))
+    runner = rebuilt(engine, "99%", options, make_ahead=lambda *_: LookAhead(lambda *_: everyone, 1, engine.device))
     runner.graphs.active[:2] = True
     for bucket in (1, 2):
         decode = runner.graphs._passes[bucket]
@@ -87,7 +87,7 @@ def test_side_streams_join_if_they_had_work(memory, folder_of, monkeypatch):
     decode, main, side = engine.runner.graphs._passes[1], Stream(), (Stream(), Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    decode._ahead.streams = side
+    decode._ahead.choosing, decode._ahead.fillers = side[0], [side[1]]
     for guessed in (None, torch.zeros(1, 2, dtype=torch.int64)):
         decode._ahead.guess = lambda layer, hidden, ids=guessed: ids
         main.waited.clear()

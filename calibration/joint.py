@@ -66,7 +66,9 @@ def expert_costs(
         counts = [len(layer) for layer in by_layer]
         raise ExpertFlowError(f"layers of {counts} experts: a joint plan needs the same number in each; plan by bits")
     damage = [[[expert.damage[form] for form in formats] for expert in layer] for layer in by_layer]
-    nbytes = [[RecordLayout(shape, form, input_scale and form.is_int).nbytes for form in formats] for shape in shapes]
+    nbytes = [
+        [RecordLayout(shape, form, input_scale and form.has_codes).nbytes for form in formats] for shape in shapes
+    ]
     return ExpertCosts(tuple(formats), torch.tensor(damage, dtype=torch.float64), torch.tensor(nbytes))
 
 

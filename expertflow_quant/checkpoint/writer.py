@@ -15,8 +15,8 @@ expert's record. The header is padded so that the first record begins at a multi
 and every record's size is a multiple of 256: a record can be read, mapped or copied to the device as it
 lies. What is inside a record (codes, scales, zeros, input scale, biases, each on a 16-byte boundary) is
 fixed by sizes and format alone: see ``formats.record.RecordLayout``. Weights are ``[out, in]``, codes are
-bit streams along ``in`` (``formats.bits``), and ``W = (code - zero) * scale``; with an input scale ``y = W @
-(x * input_scale)``.
+bit streams along ``in`` (``formats.bits``), and ``W = (code - zero) * scale``, for nf4
+``formats.NF4_VALUES[code] * scale``; with an input scale ``y = W @ (x * input_scale)``.
 
 manifest.json::
 

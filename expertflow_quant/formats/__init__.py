@@ -2,6 +2,7 @@
 
 from expertflow_quant.formats.bits import pack_codes, packed_bytes, unpack_codes
 from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.formats.nf4 import NF4_VALUES
 from expertflow_quant.formats.record import (
     FIELD_ALIGNMENT,
     RECORD_ALIGNMENT,
@@ -17,6 +18,7 @@ __all__ = [
     "BF16",
     "FIELD_ALIGNMENT",
     "INT_BITS",
+    "NF4_VALUES",
     "RECORD_ALIGNMENT",
     "SCALE_DTYPE",
     "WEIGHT_DTYPE",

@@ -80,7 +80,7 @@ class RecordLayout:
                 self.format.validate_for(in_features)
             except ExpertFlowError as error:
                 raise ExpertFlowError(f"{name} of {self.shape}: {error}") from None
-        if self.input_scale and not self.format.is_int:
+        if self.input_scale and not self.format.has_codes:
             raise ExpertFlowError(f"{self.format.name} weights carry no input scale: set input_scale=False or use int8")
 
     @cached_property
@@ -146,7 +146,7 @@ class RecordLayout:
     def _matrix_tensors(
         self, name: str, out_features: int, in_features: int
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        if not self.format.is_int:
+        if not self.format.has_codes:
             return {f"{name}.weight": ((out_features, in_features), WEIGHT_DTYPE)}
         groups = self.format.groups(in_features)
         tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {

@@ -7,17 +7,22 @@ from expertflow_quant.formats.errors import ExpertFlowError
 
 INT_BITS = (2, 3, 4, 8)
 CODE_MULTIPLE = 8  # eight codes of any width fill whole bytes, so a row of codes never ends inside a byte
-KNOWN_NAMES = "bf16, or int2|int3|int4|int8 with -g<group size> or -channel, then -asym if wanted (e.g. int4-g32)"
+KNOWN_NAMES = (
+    "bf16, or int2|int3|int4|int8 with -g<group size> or -channel, then -asym if wanted (e.g. int4-g32), "
+    "or nf4 with -g<group size> or -channel (e.g. nf4-g64)"
+)
 
-_NAME = re.compile(r"int([1-9][0-9]*)-(?:g([1-9][0-9]*)|(channel))(-asym)?")
+_NAME = re.compile(r"(?:int([1-9][0-9]*)|nf4)-(?:g([1-9][0-9]*)|(channel))(-asym)?")
 
 
 @dataclass(frozen=True)
 class Format:
-    """A coding of one weight matrix ``[out, in]``; ``W = (code - zero) * scale`` for the integer kinds.
+    """A coding of one weight matrix ``[out, in]``; ``W = (code - zero) * scale`` for the integer kinds,
+    ``NF4_VALUES[code] * scale`` for nf4.
 
     ``group_size`` counts the input columns that share a scale, 0 means the whole row (channel). Symmetric
-    formats store no zeros: theirs is ``2 ** (bits - 1)``. bf16 has 16 bits and no groups.
+    formats store no zeros: theirs is ``2 ** (bits - 1)``. nf4 has 4 bits and is symmetric, bf16 has 16 bits and no
+    groups.
     Raises ExpertFlowError for a combination that does not exist.
     """
 
@@ -33,8 +38,10 @@ class Format:
                     f"format {self!r}: bf16 has 16 bits and no groups: use BF16 or Format.parse('bf16')"
                 )
             return
-        if self.kind != "int":
-            raise ExpertFlowError(f"format kind {self.kind!r} is not known: use 'int' or 'bf16'")
+        if self.kind not in ("int", "nf"):
+            raise ExpertFlowError(f"format kind {self.kind!r} is not known: use 'int', 'nf' or 'bf16'")
+        if self.kind == "nf" and (self.bits, self.symmetric) != (4, True):
+            raise ExpertFlowError(f"format {self!r}: nf has 4 bits and no zeros: use nf4-g64 or an integer format")
         if type(self.bits) is not int or self.bits not in INT_BITS:
             raise ExpertFlowError(f"{self.bits!r} bits are not known: use one of {', '.join(map(str, INT_BITS))}")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < 0:
@@ -48,7 +55,7 @@ class Format:
         if self.kind == "bf16":
             return "bf16"
         group = f"g{self.group_size}" if self.group_size else "channel"
-        return f"int{self.bits}-{group}{'' if self.symmetric else '-asym'}"
+        return f"{self.kind}{self.bits}-{group}{'' if self.symmetric else '-asym'}"
 
     @classmethod
     def parse(cls, text: str) -> "Format":
@@ -56,13 +63,21 @@ class Format:
         if text == "bf16":
             return cls("bf16", 16)
         match = _NAME.fullmatch(text)
-        if match is None or int(match[1]) not in INT_BITS:
+        if match is None or (int(match[1]) not in INT_BITS if match[1] else match[4]):
             raise ExpertFlowError(f"format {text!r} is not known: use {KNOWN_NAMES}")
+        if match[1] is None:
+            return cls("nf", 4, int(match[2] or 0))
         return cls("int", int(match[1]), int(match[2] or 0), symmetric=match[4] is None)
 
     @property
     def is_int(self) -> bool:
+        """Whether levels lie evenly: codes are whole numbers of scales."""
         return self.kind == "int"
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether weights are stored as codes with scales, not as they are."""
+        return self.kind != "bf16"
 
     @property
     def levels(self) -> int:
@@ -72,7 +87,7 @@ class Format:
     def groups(self, in_features: int) -> int:
         """Scales per row of ``in_features`` columns; 0 for bf16, which has none."""
         self.validate_for(in_features)
-        if not self.is_int:
+        if not self.has_codes:
             return 0
         return in_features // self.group_size if self.group_size else 1
 
@@ -85,7 +100,7 @@ class Format:
         """Raises ExpertFlowError unless rows of ``in_features`` columns can be coded this way."""
         if in_features <= 0:
             raise ExpertFlowError(f"a matrix with {in_features} input columns cannot be coded: it needs at least one")
-        if not self.is_int:
+        if not self.has_codes:
             return
         if in_features % CODE_MULTIPLE:
             raise ExpertFlowError(
@@ -94,7 +109,7 @@ class Format:
         if self.group_size and in_features % self.group_size:
             raise ExpertFlowError(
                 f"{self.name}: group size {self.group_size} does not divide {in_features} input columns: "
-                f"use {_dividing_sizes(in_features)} or int{self.bits}-channel"
+                f"use {_dividing_sizes(in_features)} or {self.kind}{self.bits}-channel"
             )
 
     def __str__(self) -> str:

@@ -4,6 +4,10 @@
 import triton
 import triton.language as tl
 
+from expertflow_quant.kernels.table import LOOKED_UP, VALUES
+
+_LOOKED_UP = tl.constexpr(LOOKED_UP)
+_VALUES = tl.constexpr(VALUES)
 MAGIC_BITS = tl.constexpr(0x4B000000)
 """Float32 2 ** 23: with a code in its low bits it is 2 ** 23 + code, so one subtraction converts and centres it."""
 
@@ -43,6 +47,12 @@ def raw_codes(codes, rows, unit, inside, COLUMNS: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
+def looked_up(table, code):
+    """nf4's values of ``code``, float32; ``table`` is any row of the layout table: sixteen words that stay in cache."""
+    return tl.load(table + _VALUES + code).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _spread(word, BITS: tl.constexpr):
     """``[rows, units, 8]``: word shifted to each of its codes. Joined, not broadcast: the eight stay in one thread."""
     word = tl.join(word, word >> (4 * BITS))
@@ -53,6 +63,7 @@ def _spread(word, BITS: tl.constexpr):
 
 @triton.jit
 def decode_tile(
+    fields,
     codes,
     scales,
     zeros,
@@ -68,13 +79,15 @@ def decode_tile(
 ):
     """``(code - zero) * scale`` in float32, ``[rows, DEPTH]``: columns ``column`` to ``column + DEPTH`` of ``rows``.
 
-    ``column`` is a multiple of DEPTH; columns past the matrix hold anything finite. GROUP: units that share a scale if
-    all layouts agree, else 0 and ``group_units`` counts them.
+    ``column`` is a multiple of DEPTH; columns past the matrix hold anything finite. BITS above LOOKED_UP: a code's
+    value in the table, ``fields`` being a row of it, times its scale. GROUP: units that share a scale if all layouts
+    agree, else 0 and ``group_units`` counts them.
     """
     UNITS: tl.constexpr = DEPTH // 8
     unit = column // 8 + tl.arange(0, UNITS)
     inside = unit < COLUMNS // 8
-    code = raw_codes(codes, rows, unit, inside, COLUMNS, BITS)
+    CODE_BITS: tl.constexpr = 4 if BITS > _LOOKED_UP else BITS
+    code = raw_codes(codes, rows, unit, inside, COLUMNS, CODE_BITS)
     if GROUP > 0:
         groups = COLUMNS // 8 // GROUP
         if GROUP % UNITS == 0:  # one scale for a row of the tile
@@ -87,7 +100,9 @@ def decode_tile(
     at = rows[:, None] * groups + group
     scale = tl.load(scales + at).to(tl.float32)[:, :, None]
     value = (code | MAGIC_BITS).to(tl.float32, bitcast=True)
-    if HAS_ZEROS:
+    if BITS > _LOOKED_UP:
+        weight = looked_up(fields, code) * scale
+    elif HAS_ZEROS:
         own = tl.load(zeros + at).to(tl.int32)
         centre = (tl.where(zero < 0, own, zero) | MAGIC_BITS).to(tl.float32, bitcast=True)
         weight = (value - centre[:, :, None]) * scale

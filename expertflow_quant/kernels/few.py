@@ -12,7 +12,7 @@ from expertflow_quant.formats import ExpertFlowError, RecordLayout
 from expertflow_quant.kernels.few_reference import few_product_reference
 from expertflow_quant.kernels.gate import Gate
 from expertflow_quant.kernels.launch import use_triton
-from expertflow_quant.kernels.table import UNIT, LayoutTable
+from expertflow_quant.kernels.table import COLUMNS, LOOKED_UP, UNIT, LayoutTable, width_of
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int32, torch.int64)
@@ -35,9 +35,10 @@ TILES = {
     4: (Tile(rows=16, units=128, warps=4), Tile(rows=2, units=256, warps=1, unroll=3)),
     8: (Tile(rows=8, units=64, warps=2), Tile(rows=2, units=256, warps=2)),
     16: (Tile(rows=2, units=128, warps=2), Tile(rows=4, units=256, warps=2, unroll=6)),
+    4 + LOOKED_UP: (Tile(rows=16, units=128, warps=4), Tile(rows=2, units=256, warps=1, unroll=3)),
 }
 """gate_up's tile and down's by the width of the codes, for tables of one layout: the best of a sweep on an H100, groups
-of 128, experts of 768 x 2048, 8 a token."""
+of 128, experts of 768 x 2048, 8 a token; nf4's are int4's."""
 UP_TILE_MIXED = Tile(rows=16, units=128, warps=2)
 """For tables of several layouts, whose numbers take registers too: a larger tile spills."""
 DOWN_TILE_MIXED = Tile(rows=8, units=128, warps=4)
@@ -78,7 +79,7 @@ def few_product(
     if not use_triton(hidden):
         return out.copy_(few_product_reference(hidden, ids, weights, addresses, row_of, table, gate))
     mixed = len(table.layouts) > 1
-    usual = (UP_TILE_MIXED, DOWN_TILE_MIXED) if mixed else TILES[table.layouts[0].format.bits]
+    usual = (UP_TILE_MIXED, DOWN_TILE_MIXED) if mixed else TILES[width_of(table.layouts[0].format)]
     up_tile, down_tile = up_tile or usual[0], down_tile or usual[1]
     overlap = gate.fused is not None and _overlaps(hidden.device)
     inner = _inner(hidden, ids, addresses, row_of, table, gate, up_tile, overlap)
@@ -180,7 +181,7 @@ def _constants(layouts: tuple[RecordLayout, ...]) -> dict[str, Any]:
     table = LayoutTable(layouts, torch.device("cpu"))
     return {
         "WIDTHS": tuple(sorted(table.widths)),
-        "LAYOUT": tuple(table.rows[0].tolist()) if len(layouts) == 1 else None,
+        "LAYOUT": tuple(table.rows[0, : len(COLUMNS)].tolist()) if len(layouts) == 1 else None,
         "ZEROS": table.has_zeros,
         "BIAS": table.shape.has_bias,
     }

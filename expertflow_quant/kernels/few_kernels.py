@@ -8,15 +8,18 @@ A code needs no conversion: masked where it stands, at bit p of a word, p + bits
 code * 2 ** (p - 149), exactly, and GPUs multiply subnormals at full rate. The activation brings 2 ** (96 - p), so one
 AND and one fused multiply-add serve a code; 2 ** 53 comes back with the zero point, once a unit. Activations up to
 2 ** 31 stay finite, and those above 2 ** -49 lose nothing. Needs compilation without flushing to zero, Triton's way.
+nf4's codes take a load from sixteen words in the first cache each, about as many as its loads can serve.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from expertflow_quant.kernels.table import COLUMNS, WIDTH
+from expertflow_quant.kernels.decode_tile import looked_up
+from expertflow_quant.kernels.table import COLUMNS, LOOKED_UP, WIDTH
 
 _WIDTH = tl.constexpr(WIDTH)
+_LOOKED_UP = tl.constexpr(LOOKED_UP)
 _GROW = tl.constexpr(96)
 _SHRINK = tl.constexpr(2.0**53)
 _BITS = tl.constexpr(COLUMNS.index("bits"))
@@ -134,6 +137,15 @@ def _code_dots(words, x, BITS: tl.constexpr):
 
 
 @triton.jit
+def _value_dots(word, table, x):
+    """The table's value of each of eight 4-bit codes times x, summed over each unit."""
+    total = 0.0
+    for j in tl.static_range(8):
+        total += looked_up(table, (word >> (4 * j)) & 15) * x[j]
+    return total
+
+
+@triton.jit
 def _zero(base, row, table, group, mask, FIELDS: tl.constexpr, LAYOUT: tl.constexpr, ZEROS: tl.constexpr):
     """The units' zero points: the layout's where symmetric, else read at ``group``."""
     same = _field(table, row, _ZERO, LAYOUT)
@@ -180,8 +192,9 @@ def _tile(
     lane = tl.arange(0, 8)[None, :]
     if not WAIT:
         values = tl.load(x + (x_at[:, None] + lane), mask=mask[:, None], other=0.0)
-    codes = base + _field(table, row, FIELDS[0], LAYOUT) + first * (UNITS * BITS)
-    words = _words(codes, rows * UNITS + units, inside, BITS)
+    CODE_BITS: tl.constexpr = 4 if BITS > _LOOKED_UP else BITS
+    codes = base + _field(table, row, FIELDS[0], LAYOUT) + first * (UNITS * CODE_BITS)
+    words = _words(codes, rows * UNITS + units, inside, CODE_BITS)
     if BITS != 16:
         group_units = _field(table, row, FIELDS[3], LAYOUT)
         groups = _quotient(UNITS, group_units, LAYOUT)
@@ -199,6 +212,8 @@ def _tile(
     lanes = _lanes(values.to(tl.float32))
     if BITS == 16:
         return _four(_four(0.0, words[0], lanes, 0), words[1], lanes, 4) * factor
+    elif BITS > _LOOKED_UP:
+        return _value_dots(words[0], table, lanes) * scale
     else:
         sums = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
         zero = _zero(base + first * groups, row, table, group, inside, FIELDS, LAYOUT, ZEROS)

@@ -223,7 +223,7 @@ class _Launches:
 def common_group(table: LayoutTable, name: str) -> int:
     """Units of eight columns that share a scale in matrix ``name`` if all layouts with codes agree, else 0."""
     columns = table.shape.matrices[name][1]
-    groups = {layout.format.columns_per_group(columns) // 8 for layout in table.layouts if layout.format.is_int}
+    groups = {layout.format.columns_per_group(columns) // 8 for layout in table.layouts if layout.format.has_codes}
     return groups.pop() if len(groups) == 1 else 0
 
 

@@ -51,8 +51,8 @@ def grouped_kernel(
 ):
     """gate_up (DOWN = False): x is hidden, read by token, out is by position in ``order``, gated when FUSED. down:
     x is by position, out by pair. ROWS, DEPTH_ALL: the matrix ``[out, in]``. WIDE weight rows a program, DEPTH
-    columns a step. WIDTHS: bit n is set where n-bit codes occur. FUSED: gate row n and up row n + ROWS / 2 lie side by
-    side in a tile, so that one thread holds both."""
+    columns a step. WIDTHS: bit n is set where the table's ``bits`` are n. FUSED: gate row n and up row n + ROWS / 2 lie
+    side by side in a tile, so that one thread holds both."""
     block, tile = _place(blocks, (ROWS + WIDE - 1) // WIDE, GROUP_BLOCKS)
     expert = tl.load(block_expert + block)
     slab = expert
@@ -120,7 +120,7 @@ def _from_record(
     bits = tl.load(fields)
     units = tl.load(fields + GROUP_AT)
     codes, scales, zeros, zero = matrix_parts(base, fields, CODES)
-    for BITS in tl.static_range(2, 17):
+    for BITS in tl.static_range(2, 21):
         if (WIDTHS >> BITS) % 2 == 1:  # noqa: SIM102 - tested when the kernel is compiled, the next when it runs
             if bits == BITS:
                 if BITS == 16:
@@ -128,7 +128,7 @@ def _from_record(
                     acc = _plain(acc, x_rows, weight, row, scale_in, scale_at, DEPTH_ALL, DEPTH, HAS_INPUT_SCALE, WIDEN)
                 else:
                     acc = _coded(
-                        acc, x_rows, codes, scales, zeros, zero, units, row, scale_in, scale_at,
+                        acc, x_rows, fields, codes, scales, zeros, zero, units, row, scale_in, scale_at,
                         BITS, DEPTH_ALL, DEPTH, HAS_INPUT_SCALE, HAS_ZEROS, GROUP, WIDEN,
                     )  # fmt: skip
     return acc
@@ -172,7 +172,7 @@ def _plain(
 
 @triton.jit
 def _coded(
-    acc, x_rows, codes, scales, zeros, zero, group_units, row, scale_in, scale_at,
+    acc, x_rows, fields, codes, scales, zeros, zero, group_units, row, scale_in, scale_at,
     BITS: tl.constexpr, DEPTH_ALL: tl.constexpr, DEPTH: tl.constexpr, HAS_INPUT_SCALE: tl.constexpr,
     HAS_ZEROS: tl.constexpr, GROUP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def _coded(
     for column in range(0, DEPTH_ALL, DEPTH):
         value = _input_tile(x_rows, column, scale_in, scale_at, DEPTH_ALL, DEPTH, HAS_INPUT_SCALE)
         own = decode_tile(
-            codes, scales, zeros, zero, group_units, row, column, DEPTH_ALL, BITS, GROUP, HAS_ZEROS, DEPTH
+            fields, codes, scales, zeros, zero, group_units, row, column, DEPTH_ALL, BITS, GROUP, HAS_ZEROS, DEPTH
         )
         acc = _dot(value, own.to(dtype), acc, WIDEN)
     return acc

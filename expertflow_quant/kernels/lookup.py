@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from expertflow_quant.formats import NF4_VALUES, Format
+
 _UNIT_BITS = {2: 8, 3: 12, 4: 8}  # bits that index the table: a whole number of codes of that width
 _WIDE = {
     2: torch.float64,
@@ -17,21 +19,28 @@ _WIDE = {
 }  # float32 values per table row to one element of the same bytes
 
 
-def decode(packed: Tensor, bits: int, in_features: int, zero: int) -> Tensor:
-    """``code - zero`` as float32 ``[O, in_features]`` from uint8 ``[O, in_features * bits / 8]`` (exact)."""
-    if bits == 8:
-        return packed.to(torch.float32).sub_(zero)
-    index = _twelve_bit_units(packed) if bits == 3 else packed.reshape(-1).to(torch.int32)
-    wide = _table(bits, zero, packed.device).index_select(0, index)
+def decode(packed: Tensor, format: Format, in_features: int) -> Tensor:
+    """What codes stand for, in scales: float32 ``[O, in_features]`` from uint8 ``[O, in_features * bits / 8]`` (exact).
+
+    ``code - zero`` where the format is symmetric, the code itself where zeros are stored, nf4's value.
+    """
+    if format.bits == 8:
+        return packed.to(torch.float32).sub_(_zero(format))
+    index = _twelve_bit_units(packed) if format.bits == 3 else packed.reshape(-1).to(torch.int32)
+    wide = _table(format.kind, format.bits, _zero(format), packed.device).index_select(0, index)
     return wide.view(torch.float32).view(packed.shape[0], in_features)
 
 
+def _zero(format: Format) -> int:
+    return format.levels // 2 if format.symmetric else 0
+
+
 @lru_cache(maxsize=64)
-def _table(bits: int, zero: int, device: torch.device) -> Tensor:
+def _table(kind: str, bits: int, zero: int, device: torch.device) -> Tensor:
     codes_per_unit = _UNIT_BITS[bits] // bits
     unit = torch.arange(1 << _UNIT_BITS[bits])
     codes = torch.stack([unit >> (bits * lane) & ((1 << bits) - 1) for lane in range(codes_per_unit)], dim=-1)
-    values = (codes - zero).to(torch.float32)
+    values = torch.tensor(NF4_VALUES)[codes] if kind == "nf" else (codes - zero).to(torch.float32)
     return values.view(_WIDE[codes_per_unit]).view(-1).to(device)
 
 

@@ -1,7 +1,7 @@
 """The plain PyTorch twins: what every faster kernel must equal. Any device.
 
-Weights are decoded in float32 and rounded once to the dtype asked for: ``W = (code - zero) * scale``. An
-input scale multiplies the activation, not the weights: ``y = W @ (x * input_scale)``.
+Weights are decoded in float32 and rounded once to the dtype asked for: ``W = (code - zero) * scale``, or
+``NF4_VALUES[code] * scale``. An input scale multiplies the activation, not the weights: ``y = W @ (x * input_scale)``.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ def expert_product(hidden: Tensor, weights: ExpertWeights, gate: Callable[[Tenso
 
 
 def _matrix(views: Mapping[str, Tensor], name: str, format: Format, in_features: int, dtype: torch.dtype) -> Tensor:
-    if not format.is_int:
+    if not format.has_codes:
         return views[f"{name}.weight"].to(dtype)
     return dequantize(views[f"{name}.codes"], views[f"{name}.scales"], views.get(f"{name}.zeros"), format, dtype)
 
@@ -71,7 +71,7 @@ def dequantize(
     """Packed codes uint8 ``[O, I * bits / 8]``, scales fp16 ``[O, G]`` and zeros uint8 ``[O, G]`` (None when
     symmetric) to weights ``[O, I]``: computed in float32, rounded once to ``dtype``."""
     in_features = packed.shape[1] * 8 // format.bits
-    weight = decode(packed, format.bits, in_features, format.levels // 2 if zeros is None else 0)
+    weight = decode(packed, format, in_features)
     grouped = weight.view(*scales.shape, -1)
     if zeros is not None:
         grouped.sub_(zeros.to(torch.float32).unsqueeze(-1))

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from expertflow_quant.formats import ExpertFlowError, ExpertShape, RecordLayout
+from expertflow_quant.formats import NF4_VALUES, ExpertFlowError, ExpertShape, Format, RecordLayout
 
 UNIT = 8
 """Codes that are read together; groups must be multiples of it."""
@@ -20,8 +20,8 @@ ABSENT = -1
 """Offset of a field that a layout does not have."""
 
 COLUMNS = (
-    "bits",  # 2, 3, 4, 8, or 16 for bf16
-    "zero",  # 2 ** (bits - 1) where symmetric, 0 for bf16, ABSENT where the record holds zeros
+    "bits",  # 2, 3, 4, 8, 16 for bf16, or 4 + LOOKED_UP for nf4: what kernels branch on
+    "zero",  # 2 ** (bits - 1) where symmetric, 0 for bf16 and nf4, ABSENT where the record holds zeros
     "gate_up.codes",  # byte offsets in the record; of the weight itself for bf16
     "gate_up.scales",
     "gate_up.zeros",
@@ -35,7 +35,13 @@ COLUMNS = (
     "down.group_units",
     "nbytes",  # of the record
 )
-WIDTH = len(COLUMNS)
+VALUES = len(COLUMNS)
+"""Where, in every row, the float32 bits of nf4's sixteen values begin."""
+
+WIDTH = VALUES + len(NF4_VALUES)
+
+LOOKED_UP = 16
+"""Added to the bits of codes whose values kernels look up in the table."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,11 @@ class LayoutTable:
             raise ExpertFlowError("a layout table needs layouts of one expert shape: make one table per layer")
         for layout in self.layouts:
             for _, in_features in layout.shape.matrices.values():
-                if layout.format.is_int and layout.format.columns_per_group(in_features) % UNIT:
+                form = layout.format
+                if form.has_codes and form.columns_per_group(in_features) % UNIT:
                     raise ExpertFlowError(
-                        f"{layout.format.name}: kernels read codes in eights, so a group must be a multiple of "
-                        f"{UNIT} columns: quantize with int{layout.format.bits}-g{UNIT * 4} or -channel"
+                        f"{form.name}: kernels read codes in eights, so a group must be a multiple of "
+                        f"{UNIT} columns: quantize with {form.kind}{form.bits}-g{UNIT * 4} or -channel"
                     )
 
     @classmethod
@@ -75,8 +82,8 @@ class LayoutTable:
 
     @property
     def widths(self) -> frozenset[int]:
-        """Bits that occur, 16 for bf16: what a kernel must be compiled for."""
-        return frozenset(layout.format.bits for layout in self.layouts)
+        """The column ``bits`` of all rows: what a kernel must be compiled for."""
+        return frozenset(width_of(layout.format) for layout in self.layouts)
 
     @property
     def has_zeros(self) -> bool:
@@ -92,19 +99,25 @@ class LayoutTable:
         return torch.tensor([_row(layout) for layout in self.layouts], dtype=torch.int32, device=self.device)
 
 
+def width_of(format: Format) -> int:
+    """What kernels branch on: the bits of a code, with LOOKED_UP added where its value is looked up."""
+    return format.bits + (LOOKED_UP if format.kind == "nf" else 0)
+
+
 def _row(layout: RecordLayout) -> list[int]:
     fields, form = layout.fields, layout.format
 
     def offset(name: str) -> int:
         return fields[name].offset if name in fields else ABSENT
 
-    values = {"bits": form.bits, "nbytes": layout.nbytes}
+    values = {"bits": width_of(form), "nbytes": layout.nbytes}
     values["zero"] = 0 if not form.is_int else form.levels // 2 if form.symmetric else ABSENT
     for name, (_, in_features) in layout.shape.matrices.items():
-        values[f"{name}.codes"] = offset(f"{name}.codes" if form.is_int else f"{name}.weight")
+        values[f"{name}.codes"] = offset(f"{name}.codes" if form.has_codes else f"{name}.weight")
         values[f"{name}.scales"] = offset(f"{name}.scales")
         values[f"{name}.zeros"] = offset(f"{name}.zeros")
         values[f"{name}.bias"] = offset(f"{name}.bias")
-        values[f"{name}.group_units"] = form.columns_per_group(in_features) // UNIT if form.is_int else 1
+        values[f"{name}.group_units"] = form.columns_per_group(in_features) // UNIT if form.has_codes else 1
     values["gate_up.input_scale"] = offset("gate_up.input_scale")
-    return [values[column] for column in COLUMNS]
+    looked_up = torch.tensor(NF4_VALUES, dtype=torch.float32).view(torch.int32).tolist()
+    return [*(values[column] for column in COLUMNS), *looked_up]

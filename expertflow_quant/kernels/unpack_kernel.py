@@ -37,7 +37,7 @@ def unpack_kernel(
     units = tl.load(fields + GROUP_AT)
     codes, scales, zeros, zero = matrix_parts(base, fields, CODES)
     target = out + record.to(tl.int64) * (ROWS * COLUMNS) + row[:, None] * COLUMNS
-    for BITS in tl.static_range(2, 17):
+    for BITS in tl.static_range(2, 21):
         if (WIDTHS >> BITS) % 2 == 1:  # noqa: SIM102 - tested when the kernel is compiled, the next when it runs
             if bits == BITS:
                 for column in range(0, COLUMNS, WIDE):
@@ -49,6 +49,7 @@ def unpack_kernel(
                         value = value.to(tl.float32)
                     else:
                         value = decode_tile(
-                            codes, scales, zeros, zero, units, source, column, COLUMNS, BITS, GROUP, HAS_ZEROS, WIDE
-                        )
+                            fields, codes, scales, zeros, zero, units, source, column,
+                            COLUMNS, BITS, GROUP, HAS_ZEROS, WIDE,
+                        )  # fmt: skip
                     tl.store(target + at[None, :], value.to(out.dtype.element_ty), mask=covered)

@@ -9,7 +9,7 @@ on the CPU side by side, each batch on one thread. What is in a batch depends on
 threads or free memory, so neither do the bytes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import get_args
 
@@ -117,7 +117,7 @@ class LayerQuantizer:
         yield from waiting.values()
 
     def _make(self, batch: Sequence[Job]) -> list[tuple[int, ExpertEntry, Tensor]]:
-        method = self._method if batch[0].format.is_int else "rtn"
+        method = self._method if batch[0].format.has_codes else "rtn"
         make = {"awq": self._awq, "gptq": self._gptq, "rtn": self._plain}[method]
         return [self._finish(job, parts) for job, parts in zip(batch, make(batch), strict=True)]
 
@@ -129,7 +129,7 @@ class LayerQuantizer:
             )
 
     def _rounded(self, matrix: Tensor, job: Job) -> QuantizedMatrix | Tensor:
-        return quantize_rtn(matrix, job.format, scales=self._options.scales) if job.format.is_int else matrix
+        return quantize_rtn(matrix, job.format, scales=self._options.scales) if job.format.has_codes else matrix
 
     def _awq(self, batch: Sequence[Job]) -> Iterator[_Parts]:
         weights = [job.weights for job in batch]
@@ -211,6 +211,13 @@ def check_method(method: str) -> None:
     """Raises ExpertFlowError for a method that there is not."""
     if method not in METHODS:
         raise ExpertFlowError(f"method {method!r} is not known: use one of {', '.join(METHODS)}")
+
+
+def check_formats(method: str, formats: Iterable[Format]) -> None:
+    """Raises ExpertFlowError for a format that the method cannot make."""
+    for format in formats:
+        if method == "gptq" and format.has_codes and not format.is_int:
+            raise ExpertFlowError(f"gptq makes integer codes, not {format.name}: use awq or rtn, or an integer format")
 
 
 def _rows_of(job: Job, method: str) -> ExpertRows:

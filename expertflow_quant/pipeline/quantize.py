@@ -28,7 +28,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.formats.spec import Format
 from expertflow_quant.models.processor import load_processor
 from expertflow_quant.pipeline.batches import CalibrationData, CalibrationSample
-from expertflow_quant.pipeline.methods import Job, LayerQuantizer, MethodOptions, check_method
+from expertflow_quant.pipeline.methods import Job, LayerQuantizer, MethodOptions, check_formats, check_method
 from expertflow_quant.pipeline.observe import Observations, ObservedLayer, ObserveOptions, in_dtype
 from expertflow_quant.pipeline.samples_io import generated_samples
 from expertflow_quant.pipeline.stream import ModelStream, MoELayer
@@ -125,6 +125,7 @@ class _Work:
         if observations is not None:
             self._check_same_model(observations)
             self.device = observations.device
+        check_formats(method, self._formats)
         self.observations = observations or self._observations(samples, observe)
 
     def run(self, overwrite: bool, progress: Progress) -> QuantizeReport:
@@ -195,8 +196,11 @@ class _Work:
 
     @property
     def _needs_rows(self) -> bool:
-        formats = {self.plan.format(of.index, e) for of in self.stream.layers for e in range(of.experts)}
-        return self.method != "rtn" and any(form.is_int for form in formats)
+        return self.method != "rtn" and any(form.has_codes for form in self._formats)
+
+    @cached_property
+    def _formats(self) -> set[Format]:
+        return {self.plan.format(of.index, e) for of in self.stream.layers for e in range(of.experts)}
 
     @cached_property
     def _model_id(self) -> str:

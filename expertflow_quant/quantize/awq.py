@@ -26,7 +26,7 @@ from expertflow_quant.quantize.awq_search import Found, Search
 from expertflow_quant.quantize.folding import Gate, scalable_rows
 from expertflow_quant.quantize.grid import ScaleRule, require_finite
 from expertflow_quant.quantize.matrix import QuantizedMatrix
-from expertflow_quant.quantize.rtn import require_int
+from expertflow_quant.quantize.rtn import require_codes
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def search_awq_batch(
     Every expert's result is its own, up to the order of sums: the rows of those that have fewer are filled up with
     zeros. On the host nothing is decided, and little is waited for.
     """
-    require_int(format, "AWQ")
+    require_codes(format, "AWQ")
     for parts in zip(gate_up, down, inputs, weights, strict=True):
         _check(*parts, grid)
     first = down[0]

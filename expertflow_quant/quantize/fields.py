@@ -47,7 +47,7 @@ def expert_fields(
 
 def _matrix_fields(layout: RecordLayout, name: str, matrix: Matrix) -> dict[str, Tensor]:
     if isinstance(matrix, Tensor):
-        if layout.format.is_int:
+        if layout.format.has_codes:
             raise ExpertFlowError(f"{name} is a tensor, but this record is {layout.format.name}: quantize it first")
         weight = matrix.to(WEIGHT_DTYPE)
         require_finite(**{name: weight})

@@ -22,7 +22,7 @@ from expertflow_quant.formats import ExpertFlowError, Format
 from expertflow_quant.quantize.grid import ScaleRule, fit_grid, require_finite
 from expertflow_quant.quantize.hessian import inverse_factor
 from expertflow_quant.quantize.matrix import QuantizedMatrix
-from expertflow_quant.quantize.rtn import require_int
+from expertflow_quant.quantize.rtn import require_codes
 from expertflow_quant.quantize.spans import round_span
 
 
@@ -45,7 +45,9 @@ def quantize_gptq(
     a Hessian that is not positive semidefinite. Rank-deficient and zero Hessians are fine (zero: plain
     rounding).
     """
-    require_int(format, "GPTQ")
+    require_codes(format, "GPTQ")
+    if not format.is_int:
+        raise ExpertFlowError(f"GPTQ makes integer codes, not {format.name}: use rtn or AWQ, or an integer format")
     _check(weight, hessian, format, damp, block)
     if weight.ndim == 2:
         return _quantize(weight[None], hessian[None], format, damp, block, act_order, scales)[0]

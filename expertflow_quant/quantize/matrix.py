@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats import SCALE_DTYPE, ExpertFlowError, Format
+from expertflow_quant.quantize.nf4 import decode_nf4
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class QuantizedMatrix:
     format: Format
 
     def __post_init__(self) -> None:
-        if self.codes.ndim != 2 or not self.format.is_int:
+        if self.codes.ndim != 2 or not self.format.has_codes:
             raise ExpertFlowError(
-                f"codes {tuple(self.codes.shape)} in {self.format.name}: needs a matrix in an integer format"
+                f"codes {tuple(self.codes.shape)} in {self.format.name}: needs a matrix in a format with codes"
             )
         rows, columns = self.codes.shape
         per_group = (rows, self.format.groups(columns))
@@ -40,8 +41,10 @@ class QuantizedMatrix:
             )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Weights ``[O, I]``: ``(code - zero) * scale``, computed in float32 and rounded once to
-        ``dtype``."""
+        """Weights ``[O, I]``: ``(code - zero) * scale`` (nf4: value * scale), computed in float32 and rounded once
+        to ``dtype``."""
+        if not self.format.is_int:
+            return decode_nf4(self.codes.view(*self.scales.shape, -1), self.scales).view(self.codes.shape).to(dtype)
         grouped = self.codes.view(*self.scales.shape, -1).to(torch.float32)
         zeros = self.format.levels // 2 if self.zeros is None else self.zeros.float().unsqueeze(-1)
         return ((grouped - zeros) * self.scales.float().unsqueeze(-1)).view(self.codes.shape).to(dtype)

@@ -8,15 +8,17 @@ from torch import Tensor
 from expertflow_quant.formats import ExpertFlowError, Format
 from expertflow_quant.quantize.grid import ScaleRule, decode, encode, fit_grid, require_finite
 from expertflow_quant.quantize.matrix import QuantizedMatrix
+from expertflow_quant.quantize.nf4 import decode_nf4, encode_nf4
 
 
 @torch.no_grad()
 def quantize_rtn(weight: Tensor, format: Format, *, scales: ScaleRule = "absmax") -> QuantizedMatrix:
     """``weight [O, I]`` of any floating dtype in ``format``; ``scales="mse"`` searches each group's range.
 
-    Raises ExpertFlowError for NaN or infinity, or a format that cannot code I columns.
+    nf4 gives the codes of bitsandbytes and knows no other scales. Raises ExpertFlowError for NaN or infinity, or a
+    format that cannot code I columns.
     """
-    require_int(format, "rounding")
+    require_codes(format, "rounding")
     if weight.ndim != 2:
         raise ExpertFlowError(f"weight {tuple(weight.shape)} is not a matrix: pass [out, in], one expert at a time")
     require_finite(weight=weight)
@@ -26,7 +28,7 @@ def quantize_rtn(weight: Tensor, format: Format, *, scales: ScaleRule = "absmax"
 @dataclass(frozen=True)
 class Rounded:
     """Matrices of one shape side by side, not checked: codes uint8 ``[E, O, G, columns per group]``, scales fp16 and
-    zeros uint8 ``[E, O, G]``."""
+    zeros uint8 ``[E, O, G]`` (nf4: nothing but 0)."""
 
     codes: Tensor
     scales: Tensor
@@ -41,12 +43,19 @@ class Rounded:
     @classmethod
     def of_groups(cls, grouped: Tensor, format: Format, rule: ScaleRule) -> "Rounded":
         """Float32 ``grouped [E, O, G, columns per group]`` rounded."""
+        if not format.is_int:
+            if rule != "absmax":
+                raise ExpertFlowError(f"scale rule {rule!r} is not there for {format.name}: use 'absmax'")
+            codes, scales = encode_nf4(grouped)
+            return cls(codes, scales, torch.zeros_like(scales, dtype=torch.uint8), format)
         scales, zeros = fit_grid(grouped, format, rule)
         codes = encode(grouped, scales.unsqueeze(-1), zeros.unsqueeze(-1), format)
         return cls(codes, scales, zeros, format)
 
     def groups(self) -> Tensor:
         """The values, float32 in the shape of the codes."""
+        if not self.format.is_int:
+            return decode_nf4(self.codes, self.scales)
         return decode(self.codes, self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1))
 
     def values(self) -> Tensor:
@@ -82,7 +91,7 @@ def in_groups(matrix: Tensor, format: Format) -> Tensor:
     return matrix.reshape(*matrix.shape[:-1], format.groups(columns), format.columns_per_group(columns))
 
 
-def require_int(format: Format, method: str) -> None:
+def require_codes(format: Format, method: str) -> None:
     """Raises ExpertFlowError for bf16, which no quantizer produces."""
-    if not format.is_int:
-        raise ExpertFlowError(f"{method} makes integer codes, not {format.name}: store bf16 weights as they are")
+    if not format.has_codes:
+        raise ExpertFlowError(f"{method} makes codes, not {format.name}: store bf16 weights as they are")

@@ -31,9 +31,11 @@ def layouts(draw: st.DrawFn) -> RecordLayout:
         draw(st.booleans()),
         draw(st.booleans()),
     )
-    bits = draw(st.sampled_from([2, 3, 4, 8, 16]))
+    bits = draw(st.sampled_from([2, 3, 4, 8, 16, "nf4"]))
     if bits == 16:
         return RecordLayout(shape, BF16)
+    if bits == "nf4":
+        return RecordLayout(shape, Format("nf", 4, group), draw(st.booleans()))
     return RecordLayout(shape, Format("int", bits, group, draw(st.booleans())), draw(st.booleans()))
 
 
@@ -75,7 +77,7 @@ def test_fields_are_as_agreed(layout: RecordLayout) -> None:
         "gate_up": (rows, shape.hidden),
         "down": (shape.hidden, shape.intermediate),
     }.items():
-        if format.is_int:
+        if format.has_codes:
             groups = columns // (format.group_size or columns)
             assert layout.fields[f"{name}.codes"].shape == (out, columns * format.bits // 8)
             assert layout.fields[f"{name}.scales"].shape == (out, groups)

@@ -19,7 +19,7 @@ def silu_gate(gate_up: Tensor) -> Tensor:
 
 def random_record(layout: RecordLayout, generator: torch.Generator) -> Tensor:
     """A record of random codes whose weights have a deviation of about a tenth; scales differ from group to group."""
-    spread = 1 << layout.format.bits if layout.format.is_int else 0
+    spread = layout.format.levels if layout.format.is_int else 1
     fields = {}
     for name, field in layout.fields.items():
         if name.endswith(".codes"):
@@ -51,7 +51,7 @@ class Layer:
         """Expert e has format ``formats[e]``, and an input scale if asked for and its format can have one."""
         generator = torch.Generator().manual_seed(seed)
         parsed = [Format.parse(name) for name in formats]
-        layouts = tuple(RecordLayout(shape, form, input_scale and form.is_int) for form in parsed)
+        layouts = tuple(RecordLayout(shape, form, input_scale and form.has_codes) for form in parsed)
         return cls(layouts, tuple(random_record(layout, generator).to(device) for layout in layouts), device)
 
     def arguments(self) -> tuple[Tensor, Tensor, LayoutTable]:

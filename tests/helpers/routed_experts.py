@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertflow_quant.formats import ExpertShape, Format, RecordLayout, pack_codes
+from expertflow_quant.formats import NF4_VALUES, ExpertShape, Format, RecordLayout, pack_codes
 from expertflow_quant.kernels.gate import Gate
 from expertflow_quant.kernels.table import LayoutTable
 
@@ -85,7 +85,7 @@ class RandomExperts:
 
 def _matrix(form: Format, rows: int, columns: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     """Fields of one matrix and the float64 weights that they stand for."""
-    if not form.is_int:
+    if not form.has_codes:
         weight = (torch.randn(rows, columns, generator=generator) / columns**0.5).bfloat16()
         return {"weight": weight}, weight.double()
     groups = form.groups(columns)
@@ -97,4 +97,6 @@ def _matrix(form: Format, rows: int, columns: int, generator: torch.Generator) -
         zeros = torch.randint(0, form.levels, (rows, groups), generator=generator, dtype=torch.uint8)
         fields["zeros"] = zeros
     group = torch.arange(columns) // (columns // groups)
+    if form.kind == "nf":
+        return fields, torch.tensor(NF4_VALUES).double()[codes.int()] * scales.double()[:, group]
     return fields, (codes.double() - zeros.double()[:, group]) * scales.double()[:, group]

@@ -15,6 +15,7 @@ from expertflow_quant.checkpoint.manifest import ExpertEntry
 from expertflow_quant.checkpoint.tensors import PendingTensor
 from expertflow_quant.checkpoint.writer import CheckpointWriter
 from expertflow_quant.formats.bits import pack_codes
+from expertflow_quant.formats.nf4 import NF4_VALUES
 from expertflow_quant.formats.record import RecordLayout
 from expertflow_quant.formats.spec import Format
 from expertflow_quant.models.processor import ImageProcessor
@@ -184,22 +185,25 @@ def dequantized(model: Any, format_of: FormatOf, input_scale: bool = False) -> A
 
 
 def _decoded(weight: Tensor, format: Format, scale: Tensor | None) -> Tensor:
-    if not format.is_int:
+    if not format.has_codes:
         return weight.bfloat16().float()
     codes, scales, zeros = _rounded(weight if scale is None else weight / scale.float(), format)
-    grouped = codes.float().view(*scales.shape, -1) - zeros.float().unsqueeze(-1)
+    if format.kind == "nf":
+        grouped = torch.tensor(NF4_VALUES)[codes.int()].view(*scales.shape, -1)
+    else:
+        grouped = codes.float().view(*scales.shape, -1) - zeros.float().unsqueeze(-1)
     decoded = (grouped * scales.float().unsqueeze(-1)).view(weight.shape)
     return decoded if scale is None else decoded * scale.float()
 
 
 def _record(module: Any, expert: int, format: Format, input_scale: bool) -> tuple[ExpertEntry, Tensor]:
-    scaled = input_scale and format.is_int
+    scaled = input_scale and format.has_codes
     layout = RecordLayout(expert_shape(module), format, scaled)
     weights = _weights(module, expert)
     fields: dict[str, Tensor] = {}
     for key in ("gate_up", "down"):
         weight = weights[key]
-        if not format.is_int:
+        if not format.has_codes:
             fields[f"{key}.weight"] = weight.bfloat16()
             continue
         if scaled and key == "gate_up":
@@ -230,6 +234,10 @@ def _scale(weight: Tensor) -> Tensor:
 def _rounded(weight: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 ``[O, I]``, scales fp16 ``[O, G]``, zeros uint8 ``[O, G]`` by rounding to the nearest."""
     grouped = weight.reshape(weight.shape[0], format.groups(weight.shape[1]), -1)
+    if format.kind == "nf":
+        scales = grouped.abs().amax(-1).half()
+        distance = (grouped.unsqueeze(-1) - torch.tensor(NF4_VALUES) * scales.float()[..., None, None]).abs()
+        return distance.argmin(-1).to(torch.uint8).view(weight.shape), scales, torch.zeros_like(scales).to(torch.uint8)
     if format.symmetric:
         scales = (grouped.abs().amax(-1) / (format.levels // 2 - 1 or 1)).half()
         zeros = torch.full_like(scales, format.levels // 2)

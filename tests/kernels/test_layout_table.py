@@ -1,11 +1,12 @@
 """The table that kernels read says what the layouts say."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertflow_quant.formats import ExpertFlowError, ExpertShape, Format, RecordLayout
-from expertflow_quant.kernels.table import ABSENT, COLUMNS, WIDTH, LayoutTable
+from expertflow_quant.formats import NF4_VALUES, ExpertFlowError, ExpertShape, Format, RecordLayout
+from expertflow_quant.kernels.table import ABSENT, COLUMNS, VALUES, WIDTH, LayoutTable
 
 SHAPE = ExpertShape(hidden=64, intermediate=32, has_bias=True)
 
@@ -18,24 +19,26 @@ def row(table: LayoutTable, index: int = 0) -> dict[str, int]:
     return dict(zip(COLUMNS, table.rows[index].tolist()))
 
 
-@given(st.lists(st.sampled_from(["bf16", "int4-g8", "int4-g16-asym", "int2-channel", "int3-g8"]), min_size=1))
+@given(st.lists(st.sampled_from(["bf16", "int4-g8", "int4-g16-asym", "int2-channel", "int3-g8", "nf4-g8"]), min_size=1))
 def test_each_expert_finds_its_own_layout(names: list[str]) -> None:
     table, row_of = LayoutTable.of([layout(name) for name in names], "cpu")
     assert [table.layouts[index].format.name for index in row_of.tolist()] == names
     assert len(table.layouts) == len(set(names))
     assert table.rows.shape == (len(set(names)), WIDTH)
-    assert table.widths == {Format.parse(name).bits for name in names}
+    assert table.widths == {20 if name == "nf4-g8" else Format.parse(name).bits for name in names}
     assert table.has_zeros == any(name.endswith("asym") for name in names)
 
 
 @pytest.mark.parametrize(
-    ("name", "input_scale"), [("bf16", False), ("int4-g16", True), ("int8-g8-asym", True), ("int3-channel", False)]
+    ("name", "input_scale"),
+    [("bf16", False), ("int4-g16", True), ("int8-g8-asym", True), ("int3-channel", False), ("nf4-g16", True)],
 )
 def test_offsets_are_those_of_the_records_fields(name: str, input_scale: bool) -> None:
     one = layout(name, input_scale)
     table = LayoutTable.of([one], "cpu")[0]
     numbers = row(table)
-    assert numbers["bits"] == one.format.bits
+    assert numbers["bits"] == (20 if name == "nf4-g16" else one.format.bits)
+    assert table.rows[0, VALUES:].view(torch.float32).tolist() == torch.tensor(NF4_VALUES).tolist()
     assert numbers["nbytes"] == one.nbytes
     named = {column.replace(".codes", ".weight") if name == "bf16" else column: column for column in COLUMNS}
     for field, column in named.items():

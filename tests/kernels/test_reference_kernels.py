@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from expertflow_quant.formats import ExpertFlowError, ExpertShape, Format, RecordLayout, pack_codes
+from expertflow_quant.formats import NF4_VALUES, ExpertFlowError, ExpertShape, Format, RecordLayout, pack_codes
 from expertflow_quant.kernels import dequantize, expert_product, expert_weights
 
 SHAPE = ExpertShape(hidden=32, intermediate=24, has_bias=True)
@@ -18,12 +18,18 @@ NAMES = [
     "int3-g8-asym",
     "int4-channel-asym",
     "int8-channel",
+    "nf4-g8",
+    "nf4-channel",
 ]
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+def level(format: Format, code: int, zero: int) -> float:
+    return NF4_VALUES[code] if format.kind == "nf" else code - zero
 
 
 def random_parts(layout: RecordLayout, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -45,7 +51,8 @@ def random_parts(layout: RecordLayout, seed: int = 0) -> tuple[dict[str, Tensor]
         expected[name] = torch.tensor(
             [
                 [
-                    (int(codes[r, c]) - int(zeros[r, c // per_group])) * float(scales[r, c // per_group])
+                    level(layout.format, int(codes[r, c]), int(zeros[r, c // per_group]))
+                    * float(scales[r, c // per_group])
                     for c in range(columns)
                 ]
                 for r in range(rows)

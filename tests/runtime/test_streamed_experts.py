@@ -80,7 +80,7 @@ class World:
         parsed = [Format.parse(name) for name in MIXES[mix]]
         formats = [[parsed[(layer + e) % len(parsed)] for e in range(EXPERTS)] for layer in range(layers)]
         made = [
-            FakeLayer([RecordLayout(shape, each, input_scale=special and each.is_int) for each in row])
+            FakeLayer([RecordLayout(shape, each, input_scale=special and each.has_codes) for each in row])
             for row in formats
         ]
         self.device, self.shape = device, shape

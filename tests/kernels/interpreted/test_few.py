@@ -18,7 +18,8 @@ FORMATS = ["bf16"] + [
     for bits in (2, 3, 4, 8)
     for group, suffix in (("g8", ""), ("g16", "-asym"), ("g32", ""), ("channel", ""), ("channel", "-asym"))
 ]
-MIXED = ["int4-g16", "int2-channel-asym", "int3-g8", "bf16", "int8-g16-asym", "int4-channel"]
+FORMATS += ["nf4-g8", "nf4-g32", "nf4-channel"]
+MIXED = ["int4-g16", "int2-channel-asym", "int3-g8", "bf16", "int8-g16-asym", "int4-channel", "nf4-g16"]
 SILU = Gate(silu_gate, "silu")
 SHAPE = ExpertShape(64, 32)
 
@@ -63,7 +64,15 @@ def test_formats_are_mixed_in_one_launch(input_scale: bool, bias: bool, device: 
     assert error(run(layer, *inputs), twin(layer, *inputs)) < 2e-6
 
 
-@pytest.mark.parametrize("formats", [["int4-g16"] * 3, ["int4-g16", "int4-g8", "int4-channel-asym"]])
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ["int4-g16"] * 3,
+        ["int4-g16", "int4-g8", "int4-channel-asym"],
+        ["nf4-g16"] * 3,
+        ["nf4-g16", "nf4-channel", "nf4-g8"],
+    ],
+)
 def test_one_width_with_input_scales_and_biases(formats: list[str], device: str) -> None:
     layer = Layer.random(ExpertShape(64, 48, has_bias=True), formats, device, input_scale=True)
     inputs = routed(layer, tokens=4, top_k=2)
@@ -142,7 +151,9 @@ def test_a_gate_whose_rows_are_interleaved(device: str) -> None:
 def test_sizes_and_tiles_of_all_kinds(data: st.DataObject, device: str) -> None:
     eights = st.integers(1, 9)
     shape = ExpertShape(8 * data.draw(eights), 8 * data.draw(eights), has_bias=data.draw(st.booleans()))
-    names = st.sampled_from(["int2-g8", "int3-channel-asym", "int4-g8", "int4-channel", "int8-g8-asym", "bf16"])
+    names = st.sampled_from(
+        ["int2-g8", "int3-channel-asym", "int4-g8", "int4-channel", "int8-g8-asym", "bf16", "nf4-g8"]
+    )
     layer = Layer.random(shape, data.draw(st.lists(names, min_size=1, max_size=3)), device, data.draw(st.booleans()))
     inputs = routed(layer, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 99)))
     tile = Tile(data.draw(st.sampled_from([2, 8, 16])), data.draw(st.sampled_from([2, 4, 64])), warps=4, unroll=2)

@@ -21,7 +21,10 @@ from expertflow_quant.kernels.unpack import unpack_records
 
 SHAPE = ExpertShape(hidden=64, intermediate=40)
 ODD = ExpertShape(hidden=48, intermediate=24, has_bias=True)
-EVERY = ("int4-g8", "bf16", "int3-g8-asym", "int2-channel+", "int8-g8-asym+", "int4-channel-asym", "int3-channel")
+EVERY = (
+    *("int4-g8", "bf16", "int3-g8-asym", "int2-channel+", "int8-g8-asym+", "int4-channel-asym", "int3-channel"),
+    *("nf4-g8+", "nf4-channel"),
+)
 CLOSE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -52,7 +55,18 @@ def product(
 
 
 @pytest.mark.parametrize(
-    "name", ["bf16", "int2-g8", "int3-g8-asym", "int4-g8", "int4-channel", "int8-g8-asym", "int4-g8-asym+"]
+    "name",
+    [
+        "bf16",
+        "int2-g8",
+        "int3-g8-asym",
+        "int4-g8",
+        "int4-channel",
+        "int8-g8-asym",
+        "int4-g8-asym+",
+        "nf4-g8",
+        "nf4-channel+",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_format(device: str, name: str, dtype: torch.dtype) -> None:
@@ -65,8 +79,8 @@ def test_every_format(device: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gate", [SILU, CLAMPED], ids=["fused", "applied"])
 @pytest.mark.parametrize("shape", [SHAPE, ODD], ids=["even", "odd-bias"])
 def test_formats_mixed_in_one_launch(device: str, dtype: torch.dtype, gate: Gate, shape: ExpertShape) -> None:
-    experts = RandomExperts(EVERY, 8, shape, device)
-    hidden, ids = random_hidden(14, shape.hidden, dtype, device), random_ids(14, 2, 8, device)
+    experts = RandomExperts(EVERY, 9, shape, device)
+    hidden, ids = random_hidden(14, shape.hidden, dtype, device), random_ids(14, 2, 9, device)
     check_rows(product(experts, hidden, ids, gate), experts, hidden, ids, gate)
 
 
@@ -169,7 +183,7 @@ def test_a_graph_follows_the_ids(gate: Gate) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_real_widths(block: int, dtype: torch.dtype) -> None:
     """Every shipped tiling, decoded in the kernel and on load: the two differ in nothing but the kernel."""
-    experts = RandomExperts(["int4-g128", "int4-g128-asym", "int3-g64", "bf16"], 4, ExpertShape(1024, 768), "cuda")
+    experts = RandomExperts(["int4-g128", "int4-g128-asym", "int3-g64", "nf4-g64"], 4, ExpertShape(1024, 768), "cuda")
     table, row_of = experts.table()
     hidden, ids = random_hidden(400, 1024, dtype, "cuda"), random_ids(400, 2, 4, "cuda")
     rest = (experts.addresses, row_of, table, SILU)

@@ -12,7 +12,10 @@ from expertflow_quant.kernels import expert_weights
 from expertflow_quant.kernels.unpack import unpack_records, unpack_reference
 
 SHAPE = ExpertShape(hidden=48, intermediate=40, has_bias=True)
-EVERY = ("int4-g8", "bf16", "int3-g8-asym", "int2-channel+", "int8-g8-asym+", "int4-channel-asym", "int3-channel")
+EVERY = (
+    *("int4-g8", "bf16", "int3-g8-asym", "int2-channel+", "int8-g8-asym+", "int4-channel-asym", "int3-channel"),
+    *("nf4-g8+", "nf4-channel"),
+)
 
 
 def empty(count: int, shape: ExpertShape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -34,7 +37,7 @@ def rounded(record: Tensor, layout: RecordLayout, name: str, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("names", [*[(name,) for name in EVERY], EVERY], ids=[*EVERY, "mixed"])
 def test_records_are_decoded_bit_by_bit(device: str, names: tuple[str, ...], dtype: torch.dtype) -> None:
-    experts = RandomExperts(names, 7 if len(names) > 1 else 2, SHAPE, device)
+    experts = RandomExperts(names, max(2, len(names)), SHAPE, device)
     table, row_of = experts.table()
     dense = empty(experts.experts, SHAPE, dtype, device)
     unpack_records(experts.addresses, row_of, table, **dense)
@@ -50,7 +53,7 @@ def test_records_are_decoded_bit_by_bit(device: str, names: tuple[str, ...], dty
     hidden=st.integers(1, 9),
     intermediate=st.integers(1, 9),
     gate=st.booleans(),
-    name=st.sampled_from(["int2-g8", "int3-channel", "int4-g8-asym", "int8-channel-asym"]),
+    name=st.sampled_from(["int2-g8", "int3-channel", "int4-g8-asym", "int8-channel-asym", "nf4-g8"]),
 )
 def test_any_size(device: str, hidden: int, intermediate: int, gate: bool, name: str) -> None:
     shape = ExpertShape(hidden * 8, intermediate * 8, has_gate=gate)

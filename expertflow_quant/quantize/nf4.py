@@ -1,0 +1,37 @@
+"""nf4's codes as bitsandbytes makes them, in plain PyTorch: the nearest of sixteen normal quantiles.
+
+A group's magnitudes are divided by the largest in float32 (by its inverse, as there); the codes change where a quotient
+passes the middle between two values, the middle itself going down. The scale is stored as fp16, as all scales are.
+"""
+
+import torch
+from torch import Tensor
+
+from expertflow_quant.formats import NF4_VALUES, SCALE_DTYPE, ExpertFlowError
+
+SMALLEST = 1e-38
+"""Below it a group counts as nothing but zeros."""
+
+
+def encode_nf4(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 codes ``[..., columns per group]`` and fp16 scales ``[...]`` of float32 ``grouped``.
+
+    Raises ExpertFlowError for weights beyond what a scale can be.
+    """
+    largest = grouped.abs().amax(-1)
+    scales = largest.to(SCALE_DTYPE)
+    if bool(torch.isinf(scales).any()):
+        raise ExpertFlowError(
+            f"weights as large as {float(largest.max()):.3g} need a scale beyond "
+            f"{torch.finfo(SCALE_DTYPE).max:.0f} in nf4: scales are stored as fp16, use bf16"
+        )
+    values = torch.tensor(NF4_VALUES, dtype=torch.float32, device=grouped.device)
+    quotients = (grouped * (1.0 / largest.clamp(min=SMALLEST)).unsqueeze(-1)).clamp(-1, 1)
+    codes = torch.bucketize(quotients, (values[:-1] + values[1:]) / 2, out_int32=True)
+    return codes.to(torch.uint8), scales
+
+
+def decode_nf4(codes: Tensor, scales: Tensor) -> Tensor:
+    """float32 values of ``codes [..., columns per group]`` with fp16 scales ``[...]``."""
+    values = torch.tensor(NF4_VALUES, dtype=torch.float32, device=codes.device)
+    return values[codes.int()] * scales.to(torch.float32).unsqueeze(-1)

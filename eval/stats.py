@@ -8,8 +8,8 @@ the margin.
 The guard. A resample of the observed images cannot contain a loss that the sample happens to miss, so with
 few differences the plain bootstrap is too sure of itself (with none at all its interval has no width). The
 lower bound is therefore taken with one more image in the sample, lost; the upper bound with one more, won. It
-has one question where 30 images or more differ. Where fewer do, what was not seen may come in clumps, so it
-grows, down to 15 images, to as many questions as are lost together (``_clump``). How often a true loss of the
+has one question where 20 images or more differ. Where fewer do, what was not seen may come in clumps, so it
+grows, down to 10 images, to as many questions as are lost together (``_clump``). How often a true loss of the
 margin passes with this, and with which other bounds it passes too often: ``python -m eval calibrate-verdict``.
 For scores of 0 and 1, an image a question, it comes close to the exact binomial bound: 256 questions without
 any difference leave room for a loss of 1.2 points.
@@ -36,7 +36,7 @@ SUPERIOR, NON_INFERIOR, INFERIOR, INCONCLUSIVE = "superior", "non-inferior", "in
 PASSED = (SUPERIOR, NON_INFERIOR)
 _Z_CONFIDENCE, _Z_POWER = 1.645, 0.842
 _CORRELATION = 0.3
-_FEW, _ENOUGH = 15.0, 30.0
+_FEW, _ENOUGH = 10.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def clustered_error(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> fl
 
 
 def _thinness(sums: NDArray[np.float64]) -> float:
-    """1.0 where at most 15 images differ, 0.0 from 30 on, counted by weight (Kish's effective number)."""
+    """1.0 where at most 10 images differ, 0.0 from 20 on, counted by weight (Kish's effective number)."""
     weight, squares = np.abs(sums).sum(), (sums**2).sum()
     effective = weight**2 / squares if squares > 0 else 0.0
     return float(np.clip((_ENOUGH - effective) / (_ENOUGH - _FEW), 0, 1))

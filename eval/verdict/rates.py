@@ -69,10 +69,10 @@ def settings() -> list[Setting]:
     for kind in KINDS:
         for margin, discordance in against:
             at = (kind, margin, discordance)
-            found += [Setting("four questions an image", n // 4, 4, *at, -margin) for n in (640, 1280, 5348)]
+            found += [Setting("four questions an image", n // 4, 4, *at, -margin) for n in (1280, 2500, 5348)]
             found.append(Setting("two questions an image", 1250, 2, *at, -margin))
             found.append(Setting("no correlation", 320, 4, *at, -margin, correlation=0.0))
-            found += [Setting("few images", k, 4, *at, -margin) for k in (10, 20, 40, 80)]
+            found += [Setting("few images", k, 4, *at, -margin) for k in (10, 20, 40, 80, 160)]
             found.append(Setting("losses only", 320, 4, kind, margin, margin, -margin))
             found.append(Setting("power", 1250, 2, *at, 0.0))
             found.append(Setting("power", 1337, 4, *at, 0.0))

@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 from helpers import lmms
 from helpers import public_files as public
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eval.data.load import make_tasks
 from eval.harness.compare import compare_with_harness
 from eval.judge import System, judge
+from eval.metrics import ANLS, RELAXED_ACCURACY
 from expertflow_quant.pipeline.quantize import quantize_model
 
 pytestmark = pytest.mark.skipif(
     not lmms.INSTALLED, reason="lmms-eval is not installed in this environment: pip install 'expertflow-quant[lmms]'"
+)
+NUMBERS = st.floats(allow_nan=True).map(repr) | st.integers(-100, 10_000).map(str)
+TEXTS = (
+    st.text()
+    | st.text("abß %1.,e-\u0130\ufb03\n\t", max_size=12)
+    | st.builds("{}{}{}".format, st.sampled_from(("", " ", "$")), NUMBERS, st.sampled_from(("", "%", "%%", " ")))
 )
 SHIPPED = Path(__file__).resolve().parents[2] / "calibration" / "shipped" / "moe"
 
@@ -75,6 +84,21 @@ def test_scores_are_ours_bit_for_bit(layout, model, checkpoint, tmp_path, monkey
     assert any(0 < score < 1 for score in of_documents)
     human = [item.score for item in tasks[0].items if item.family == "human"]
     assert tasks[0].scores["relaxed_human_split"] == pytest.approx(sum(human) / len(human), abs=1e-12)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3), st.booleans())
+def test_metrics_are_those_of_the_installed_harness(prediction, answers, near):
+    from lmms_eval.api.metrics import anls
+    from lmms_eval.tasks.chartqa.utils import relaxed_correctness
+
+    if near:  # most random texts are too far apart to tell
+        prediction = f"{prediction[:1]}{answers[0][1:]}"
+    said = prediction.strip()  # by the task, before its metric sees it
+    theirs = float(relaxed_correctness(said, answers[0]))
+    assert float(RELAXED_ACCURACY.score(prediction, answers[:1])).hex() == theirs.hex()
+    theirs = float(anls(answers, [said])["anls"])
+    assert float(ANLS.score(prediction, answers)).hex() == theirs.hex()
 
 
 def test_the_installed_package_registers_the_model(tmp_path):

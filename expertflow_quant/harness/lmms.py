@@ -31,14 +31,20 @@ except ModuleNotFoundError as error:
 
 log = logging.getLogger(__name__)
 
+OF_LOAD = (
+    *("gpu_memory", "host_memory", "context", "rows", "fast"),
+    *("policy", "predictor", "ahead", "usage", "slots"),
+)
+"""What ``expertflow_quant.load`` takes by name and a text can say."""
+
 
 class ExpertFlow(lmms):
     """One of our checkpoints, or a plain transformers folder, as a simple model of lmms-eval.
 
-    The arguments are those of ``expertflow_quant.load``, ``device`` by default a GPU where there is one; a plain folder
-    takes ``device`` and ``dtype`` only. ``batch_size``: most requests at once. ``seed``: of tasks that sample.
-    A request that the model cannot take (a prompt longer than its context) is answered with "" and kept in ``failures``
-    by task and document; any other error ends the run.
+    The arguments are those of ``expertflow_quant.load`` (``OF_LOAD`` among them), ``device`` by default a GPU where
+    there is one; a plain folder takes ``device`` and ``dtype`` only. ``batch_size``: most requests at once. ``seed``:
+    of tasks that sample. A request that the model cannot take (a prompt longer than its context) is answered with ""
+    and kept in ``failures`` by task and document; any other error ends the run.
 
     Raises ExpertFlowError for an unusable argument, for more than one process, and what ``load`` raises.
     """
@@ -52,20 +58,16 @@ class ExpertFlow(lmms):
         device: str = "auto",
         batch_size: int | str = 1,
         *,
-        gpu_memory: int | str | None = None,
-        host_memory: int | str | None = None,
-        context: int | None = None,
         dtype: str | None = None,
-        fast: bool | None = None,
         seed: int = 0,
+        **of_load: Any,
     ) -> None:
         super().__init__()
         _refuse_processes()
         self.batch_size = _whole(batch_size)
         self.seed = seed
         self.failures: dict[tuple[str, int], str] = {}
-        ours = {"gpu_memory": gpu_memory, "host_memory": host_memory, "context": context, "fast": fast}
-        self.engine = _open(Path(pretrained), expert_memory, device, dtype, ours)
+        self.engine = _open(Path(pretrained), expert_memory, device, dtype, _known(of_load))
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """One ``GenerationResult`` per request, in order."""
@@ -124,14 +126,22 @@ def _open(
 ) -> Engine:
     if (folder / MANIFEST_FILE).is_file():
         return load(folder, expert_memory, device, dtype, **ours)
-    given = [name for name, value in ours.items() if value is not None]
-    given += ["expert_memory"] if expert_memory != "100%" else []
+    given = [*ours, *(["expert_memory"] if expert_memory != "100%" else [])]
     if given and folder.is_dir():
         raise ExpertFlowError(
             f"{folder} is no checkpoint of ours, and {', '.join(given)} divide a checkpoint's memory: leave them out, "
             "or quantize the model first"
         )
     return load_plain(folder, device, dtype)
+
+
+def _known(of_load: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(of_load.keys() - set(OF_LOAD)):
+        raise ExpertFlowError(
+            f"model argument {', '.join(unknown)} is not known: give pretrained, expert_memory, device, batch_size, "
+            f"dtype, seed, {', '.join(OF_LOAD)}"
+        )
+    return {name: value for name, value in of_load.items() if value is not None}
 
 
 def _result(answer: Generation | None) -> Any:

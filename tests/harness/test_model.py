@@ -1,5 +1,6 @@
 """The model that lmms-eval runs keeps the harness's contract, with its own base class or a stand-in for it."""
 
+import inspect
 import logging
 import sys
 
@@ -110,6 +111,18 @@ def test_other_kinds_of_request_are_refused_by_name(module, checkpoint):
     for name in ("loglikelihood", "generate_until_multi_round"):
         with pytest.raises(ExpertFlowError, match=rf"asks for {name}, .*choose a task"):
             getattr(model, name)([])
+
+
+def test_arguments_are_those_of_load(module, checkpoint, monkeypatch):
+    taken = {}
+    monkeypatch.setattr(module, "load", lambda *arguments, **options: taken.update(options, all=arguments))
+    module.ExpertFlow(
+        str(checkpoint), "25%", "cuda:1", gpu_memory="8GiB", host_memory=None, policy="lru", dtype="float16"
+    )
+    assert taken == {"all": (checkpoint, "25%", "cuda:1", "float16"), "gpu_memory": "8GiB", "policy": "lru"}
+    assert set(module.OF_LOAD) < set(inspect.signature(load).parameters)
+    with pytest.raises(ExpertFlowError, match=r"model argument max_pixels is not known: give pretrained"):
+        module.ExpertFlow(str(checkpoint), max_pixels=100)
 
 
 @pytest.mark.parametrize("batch_size", [0, "auto", "-1", "2.5", ""])

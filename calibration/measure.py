@@ -1,4 +1,5 @@
-"""What each expert loses in each format, measured at its output on calibration data.
+"""What each expert loses in each format, measured at its output on calibration data: needs one layer in memory, and
+knows nothing of what the layers after it make of the loss (``sensitivity`` does).
 
 The damage of a format to an expert is ``sum_t w_t^2 |y_q(x_t) - y(x_t)|^2`` over the tokens t routed to it,
 as a share of ``sum_t w_t^2 |y(x_t)|^2`` over all experts of its layer; ``w_t`` is the router's weight times
@@ -7,7 +8,6 @@ shrinks all damages and mostly keeps their order. Adding damages of experts and 
 interact.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,6 @@ from expertflow_quant.pipeline.stream import ModelStream
 from expertflow_quant.quantize import ScaleRule, quantize_rtn
 
 Progress = Callable[[int, int], None]
-_END_BYTES = 1 << 22
 
 
 def measure_errors(
@@ -53,18 +52,6 @@ def measure_errors(
     return measured
 
 
-def weights_digest(model: Path) -> str:
-    """SHA-256 over the ends of the model's weight files and their sizes: tells models apart, quickly."""
-    digest = hashlib.sha256()
-    for path in sorted(model.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_END_BYTES)
-            file.seek(max(0, size - _END_BYTES))
-            digest.update(f"{path.name} {size}\n".encode() + head + file.read())
-    return digest.hexdigest()
-
-
 def _layer_errors(
     stream: ModelStream, layer: ObservedLayer, formats: Sequence[Format], scales: ScaleRule
 ) -> Iterator[ExpertErrors]:
@@ -88,7 +75,7 @@ def _layer_errors(
 
 def _rounded(expert: ExpertWeights, form: Format, scales: ScaleRule) -> ExpertWeights:
     """The expert with both matrices rounded to ``form`` and decoded again; biases as they are."""
-    if not form.is_int:
+    if not form.has_codes:
         return expert
     matrices = {
         name: quantize_rtn(getattr(expert, name), form, scales=scales).dequantize(expert.gate_up.dtype)

@@ -18,6 +18,18 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class AnsweredBatch:
+    """Conversations with their answers: ``inputs`` as the model takes them, ``[B, S]``; ``places`` int64 [N], where in
+    the flattened ``[B * S]`` the token before each answer token stands; ``targets`` int64 [N], the answer tokens;
+    ``sample`` int64 [N], the number of the conversation, counted over all batches."""
+
+    inputs: Batch
+    places: Tensor
+    targets: Tensor
+    sample: Tensor
+
+
+@dataclass(frozen=True)
 class CalibrationData:
     """Batches of model inputs, each made when it is asked for; ``digest`` says which data it is, ``about``
     in words.
@@ -59,6 +71,43 @@ class CalibrationData:
         return cls([partial(dict, batch) for batch in batches], digest.hexdigest(), {"batches": len(batches)})
 
 
+def answered_batches(processor: Any, samples: Sequence[CalibrationSample], batch_size: int = 16) -> list[AnsweredBatch]:
+    """``samples`` with the places of their answers: the tokens of the last turn, which must be the assistant's, up to
+    the one that ends it. Raises ExpertFlowError for a sample without an answer, naming its number."""
+    _check_images(processor, samples)
+    for number, sample in enumerate(samples):
+        if sample["messages"][-1]["role"] != "assistant":
+            raise ExpertFlowError(
+                f"sample {number} ends with the turn of the {sample['messages'][-1]['role']}: predictions are judged "
+                "at an answer, so give conversations whose last turn is the assistant's"
+            )
+    return [
+        _answered(processor, samples[start : start + batch_size], start) for start in range(0, len(samples), batch_size)
+    ]
+
+
+def _answered(processor: Any, samples: Sequence[CalibrationSample], first: int) -> AnsweredBatch:
+    whole = _encode(processor, samples, first)
+    asked = _encode(processor, [{"messages": each["messages"][:-1]} for each in samples], first, True)
+    ids, mask = whole["input_ids"], whole["attention_mask"].bool()
+    end = getattr(processor, "tokenizer", processor).eos_token_id
+    places: list[int] = []
+    numbers: list[int] = []
+    for row in range(len(samples)):
+        begin, stop = int(asked["attention_mask"][row].sum()), int(mask[row].sum())
+        if stop <= begin or not torch.equal(ids[row, :begin], asked["input_ids"][row, :begin]):
+            raise ExpertFlowError(
+                f"sample {first + row}: its prompt is not the beginning of the conversation in the model's chat "
+                "template, so where the answer begins is not known: measure at the experts' outputs instead"
+            )
+        ends = (ids[row, begin:stop] == end).nonzero()
+        stop = begin + int(ends[0]) + 1 if len(ends) else stop
+        places += [row * ids.shape[1] + column - 1 for column in range(begin, stop)]
+        numbers += [first + row] * (stop - begin)
+    at = torch.tensor(places)
+    return AnsweredBatch(whole, at, ids.reshape(-1)[at + 1], torch.tensor(numbers))
+
+
 def samples_digest(samples: Sequence[CalibrationSample]) -> str:
     """sha256 (hex) of conversations: their text, roles, order, and their images' pixels."""
     text = json.dumps([sample["messages"] for sample in samples], default=_image_key, sort_keys=True)
@@ -88,13 +137,18 @@ def _image_key(value: object) -> str:
     return hashlib.sha256(f"{value.mode} {value.size}".encode() + value.tobytes()).hexdigest()
 
 
-def _encode(processor: Any, samples: Sequence[CalibrationSample], first: int) -> Batch:
+def _encode(processor: Any, samples: Sequence[CalibrationSample], first: int, asks: bool = False) -> Batch:
+    """``asks``: an answer is to follow."""
     conversations = [_with_parts(sample["messages"]) for sample in samples]
     tokenizer = getattr(processor, "tokenizer", processor)
     padding_side, tokenizer.padding_side = tokenizer.padding_side, "right"  # no token then sees any padding
     try:
         encoded = processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, **_padded(tokenizer is not processor)
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=asks,
+            **_padded(tokenizer is not processor),
         )
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ExpertFlowError(

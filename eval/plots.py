@@ -1,4 +1,4 @@
-"""Plots of judgements: accuracy by kind of question, and accuracy against bytes of experts."""
+"""Plots of judgements: accuracy by kind of question, against bytes of experts and against speed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,16 +31,17 @@ STYLE = {
 
 
 def judgement_figure(judgements: Sequence[Judgement], tasks: Sequence[Task]) -> Figure:
-    """Left: score by kind of question, a panel a task. Right: score against bytes of experts."""
+    """A row a task: score by kind of question, against bytes of experts, against tokens a second."""
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(11, 3.4 * len(tasks)), layout="constrained")
-        grid = figure.add_gridspec(len(tasks), 2, width_ratios=(1.9, 1))
+        figure = plt.figure(figsize=(13.5, 3.4 * len(tasks)), layout="constrained")
+        grid = figure.add_gridspec(len(tasks), 3, width_ratios=(1.9, 1, 1))
         for row, task in enumerate(tasks):
             left = figure.add_subplot(grid[row, 0])
             draw_kinds(left, judgements, task)
             if row == 0:
                 figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(judgements))
             draw_bytes(figure.add_subplot(grid[row, 1]), judgements, task)
+            draw_speed(figure.add_subplot(grid[row, 2]), judgements, task)
         return figure
 
 
@@ -93,16 +94,25 @@ def draw_kinds(axes: Axes, judgements: Sequence[Judgement], task: Task) -> None:
 
 def draw_bytes(axes: Axes, judgements: Sequence[Judgement], task: Task) -> None:
     """Score against the bytes of all experts; a system without experts is a dashed line."""
-    for i, judgement in enumerate(judgements):
-        color, score, label = color_of(i), judgement.mean(task.name), judgement.system.label
-        if judgement.expert_bytes:
-            at = judgement.expert_bytes / 2**20
-            axes.plot(at, score, "o", color=color, markersize=8, alpha=0.9, label=label, zorder=3)
+    _draw_cost(axes, judgements, task, [judgement.expert_bytes / 2**20 for judgement in judgements])
+    axes.set_xlabel("bytes of all experts, MiB")
+
+
+def draw_speed(axes: Axes, judgements: Sequence[Judgement], task: Task) -> None:
+    """Score against generated tokens a second of the whole run, prefills included."""
+    _draw_cost(axes, judgements, task, [judgement.tokens_per_second for judgement in judgements])
+    axes.set_xlabel("tokens/s, prefills included")
+
+
+def _draw_cost(axes: Axes, judgements: Sequence[Judgement], task: Task, costs: Sequence[float]) -> None:
+    scores = [judgement.mean(task.name) for judgement in judgements]
+    for i, (judgement, score, cost) in enumerate(zip(judgements, scores, costs, strict=True)):
+        color, label = color_of(i), judgement.system.label
+        if cost:
+            axes.plot(cost, score, "o", color=color, markersize=8, alpha=0.9, label=label, zorder=3)
         else:
             axes.axhline(score, color=color, linestyle="--", linewidth=1.4, label=label)
-    axes.set_xlim(0, max((j.expert_bytes for j in judgements), default=0) / 2**20 * 1.1 or 1)
-    axes.set_xlabel("bytes of all experts, MiB")
-    scores = [judgement.mean(task.name) for judgement in judgements]
+    axes.set_xlim(0, max(costs, default=0) * 1.1 or 1)
     room = max(0.02, 0.08 * (max(scores) - min(scores)))
     axes.set_ylim(min(scores) - room, min(max(scores) + room, 1 + room / 8))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))

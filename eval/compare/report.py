@@ -8,7 +8,7 @@ from eval.compare.changed import Card, Changed
 from eval.compare.sizes import Matching, Size, match
 from eval.comparison import Comparison, overall_verdict, pairs_of
 from eval.judge import Judgement
-from eval.report import cost_cells, mebibytes, percent, points, results_json
+from eval.report import mebibytes, percent, points, results_json, share_cell
 from eval.stats import INCONCLUSIVE
 from eval.tasks import Task
 
@@ -144,7 +144,7 @@ def verdict_cells(report: Report) -> tuple[list[str], list[list[str]]]:
 def system_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     """One row a system: sizes, speed, scores."""
     columns = ["system", "what it is", "parameters M", "active M", "weights MiB", "on device MiB", "expert MiB"]
-    columns += ["experts on device MiB", "tokens/s", "hit rate %"]
+    columns += ["tokens/s", "hit rate %"]
     columns += [f"{task.title}: {task.metric.title} %" for task in report.tasks]
     rows = []
     for judgement in report.judgements:
@@ -155,7 +155,12 @@ def system_cells(report: Report) -> tuple[list[str], list[list[str]]]:
             sizes = [f"{size.total / 1e6:.2f}", f"{size.active / 1e6:.2f}", mebibytes(size.stored)]
             sizes.append(mebibytes(size.device))
         scores = [percent(judgement.mean(task.name)) for task in report.tasks]
-        rows.append([label, report.roles[label], *sizes, *cost_cells(judgement), *scores])
+        costs = [
+            mebibytes(judgement.expert_bytes),
+            f"{judgement.tokens_per_second:.1f}",
+            share_cell(judgement.hit_rate),
+        ]
+        rows.append([label, report.roles[label], *sizes, *costs, *scores])
     return columns, rows
 
 

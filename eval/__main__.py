@@ -18,6 +18,7 @@ from eval.compare.command import compare as compare_command
 from eval.comparison import Comparison, compare
 from eval.harness.command import lmms
 from eval.judge import Judgement, System, judge
+from eval.plans.command import plans
 from eval.plots import judgement_figure, save
 from eval.predict.command import predict
 from eval.provenance import provenance
@@ -56,6 +57,7 @@ app.command()(speed)
 app.command()(predict)
 app.command()(cache)
 app.command()(schedule)
+app.command()(plans)
 app.command()(quantize_speed)
 app.command()(lmms)
 app.command()(run)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from eval.schedule.traffic import FIGURES, Touched, known_paths, touched
+from expertflow_quant.offload.predict_paths import PathPredictor
 from expertflow_quant.offload.trace import RoutingTrace
 from expertflow_quant.runtime.schedule import admission_order
 
@@ -23,15 +24,16 @@ def compare_orders(
     seeds: int,
     shares: Sequence[float],
     progress: Callable[[], None],
+    learned: PathPredictor | None = None,
 ) -> list[dict[str, Any]]:
     """Arrival order and every known path at every patience, over ``seeds`` random interleavings of the items.
 
     Each entry has means of its figures and, but for arrival order, their change against arrival order on the same
     interleavings with a 95 % interval of the mean (Student's t over the interleavings).
     """
-    paths = known_paths(trace)
-    orders = [_interleaved(trace.items, seed) for seed in range(seeds)]
-    baseline = [touched(trace, _in_turn(order, rows), shares) for order in orders]
+    paths = known_paths(trace, learned)
+    orders = [interleaved(trace.items, seed) for seed in range(seeds)]
+    baseline = [touched(trace, in_turn(order, rows), shares) for order in orders]
     found = [_entry(ARRIVAL, 0, baseline)]
     for name, known in paths.items():
         for allowed in patience:
@@ -81,11 +83,13 @@ def _changes(results: Sequence[Touched], baseline: Sequence[Touched]) -> dict[st
     return changes
 
 
-def _interleaved(items: int, seed: int) -> list[int]:
+def interleaved(items: int, seed: int) -> list[int]:
+    """A random order of arrival."""
     order = list(range(items))
     random.Random(seed).shuffle(order)
     return order
 
 
-def _in_turn(order: Sequence[int], rows: int) -> list[Sequence[int]]:
+def in_turn(order: Sequence[int], rows: int) -> list[Sequence[int]]:
+    """Batches in this order."""
     return [order[first : first + rows] for first in range(0, len(order), rows)]

@@ -15,7 +15,13 @@ PANELS = {
     "batch": "over all decode steps of a batch",
     "loads_per_token": "wanted by steps, for a generated token",
 }
-LABELS = {"task": "grouped by task", "prompt": "by the prompt's path", "oracle": "by the true path (oracle)"}
+LABELS = {
+    "task": "grouped by task",
+    "words": "by words",
+    "predicted": "by predicted path",
+    "prompt": "by the prompt's own path",
+    "oracle": "by the true path (oracle)",
+}
 TARGET = -0.1
 
 
@@ -35,6 +41,8 @@ def schedule_figure(orders: Sequence[Mapping[str, Any]], rows: int) -> Figure:
 def _draw(axes: Axes, orders: Sequence[Mapping[str, Any]], name: str) -> None:
     for color, (paths, label) in enumerate(LABELS.items()):
         found = [entry for entry in orders if entry["paths"] == paths != ARRIVAL]
+        if not found:
+            continue
         at = [entry["patience"] for entry in found]
         change = [entry["change"][name] for entry in found]
         mean = [100 * c["mean"] for c in change]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.offload.miss_curves import measure_curves
-from expertflow_quant.offload.trace import GENERATED, RoutingTrace, Step, grouped_requests
-from expertflow_quant.runtime.schedule import prompt_path
+from expertflow_quant.offload.predict_paths import PathPredictor
+from expertflow_quant.offload.trace import GENERATED, PROMPT_TEXT, RoutingTrace, Step, grouped_requests
+from expertflow_quant.runtime.schedule import predicted_path, prompt_path, word_path
 
 FIGURES = ("whole_batch_step", "batch", "step", "loads_per_token", "steps")
 """Per layer: distinct experts in a batch's first decode step, which all of its requests take; in all decode steps of a
@@ -48,11 +49,12 @@ def joined(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     )
 
 
-def known_paths(trace: RoutingTrace) -> dict[str, Tensor]:
+def known_paths(trace: RoutingTrace, learned: PathPredictor | None = None) -> dict[str, Tensor]:
     """Paths bool [items, L, E] by which requests can be grouped.
 
-    ``task``: every expert for the first task and none for others, so that only the tasks are told apart; ``prompt``:
-    foretold by the prompt's routes; ``oracle``: those of the generated tokens themselves.
+    ``task``: every expert for the first task and none for others, so that only the tasks are told apart; ``words``:
+    those of the prompt; ``predicted`` by a trained predictor that reads the prompt; ``prompt``: foretold by the
+    prompt's routes, which are known once it has run; ``oracle``: those of the generated tokens themselves.
     """
     shape = (trace.items, trace.layers, trace.num_experts)
     kinds = sorted(set(trace.tasks))
@@ -68,7 +70,22 @@ def known_paths(trace: RoutingTrace) -> dict[str, Tensor]:
         prompt[item] = prompt_path(trace.experts[rows][~generated], trace.num_experts)
         answer = trace.experts[rows][generated].long()
         oracle[item].scatter_(1, answer.transpose(0, 1).flatten(1), True)
-    return {"task": task, "prompt": prompt, "oracle": oracle}
+    found = {"task": task, "words": words_of(trace)}
+    if learned is not None:
+        found["predicted"] = predicted_by(learned, trace)
+    return found | {"prompt": prompt, "oracle": oracle}
+
+
+def words_of(trace: RoutingTrace) -> Tensor:
+    """bool [items, 1, places]: which words the prompts have."""
+    rows = [trace.rows(item) for item in range(trace.items)]
+    return torch.stack([word_path(trace.token_ids[part][trace.kind[part] == PROMPT_TEXT]) for part in rows])
+
+
+def predicted_by(predictor: PathPredictor, trace: RoutingTrace) -> Tensor:
+    """bool [items, L, E]: the paths that a predictor foretells of prompts."""
+    scores, rows = predictor.scores_for(trace), [trace.rows(item) for item in range(trace.items)]
+    return torch.stack([predicted_path(scores[p][trace.kind[p] != GENERATED], trace.top_k) for p in rows])
 
 
 def touched(trace: RoutingTrace, batches: Sequence[Sequence[int]], shares: Sequence[float]) -> Touched:

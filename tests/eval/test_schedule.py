@@ -7,9 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from eval.__main__ import app
+from eval.schedule.at_work import Traffic, measure_at_work
 from eval.schedule.measure import interval
 from eval.schedule.traffic import joined, known_paths, touched
 from expertflow_quant.formats import ExpertFlowError
+from expertflow_quant.offload.path_model import PathModel, PathModelSizes
+from expertflow_quant.offload.predict_paths import PathPredictor
 from expertflow_quant.offload.trace import GENERATED, PROMPT_TEXT, RoutingTrace
 
 
@@ -72,7 +75,7 @@ def test_the_command_finds_that_grouping_halves_what_disjoint_tasks_touch(tmp_pa
     results = json.loads(out.read_text())
     assert out.with_suffix(".png").stat().st_size > 1000
     entries = {entry["paths"]: entry for entry in results["orders"]}
-    assert set(entries) == {"arrival", "task", "prompt", "oracle"}
+    assert set(entries) == {"arrival", "task", "words", "prompt", "oracle"}
     assert results["settings"]["items"] == {"charts": 24, "documents": 24}
     for name in ("task", "prompt", "oracle"):
         assert entries[name]["change"]["batch"]["mean"] < -0.2
@@ -80,3 +83,25 @@ def test_the_command_finds_that_grouping_halves_what_disjoint_tasks_touch(tmp_pa
     outcome = CliRunner().invoke(app, ["schedule", str(tmp_path / "no.safetensors"), "--out", str(out)])
     assert outcome.exit_code == 1
     assert "cannot read the trace" in outcome.output
+
+
+def test_paths_by_words_and_by_a_predictor_that_read_the_prompt():
+    trace = small()
+    torch.manual_seed(0)
+    predictor = PathPredictor(PathModel(PathModelSizes(tokens=4, layers=1, experts=4, width=16, inner=32)))
+    paths = known_paths(trace, predictor)
+    assert paths["words"].flatten(1).nonzero().tolist() == [[0, 0], [1, 0]]
+    scores = predictor.scores_for(trace)
+    for item, row in enumerate((0, 3)):
+        assert sorted(scores[row, 0].topk(2).indices.tolist()) == paths["predicted"][item].nonzero()[:, 1].tolist()
+
+
+def test_orders_at_work_answer_the_same_questions(small_int4):
+    ticks = []
+    found = measure_at_work(small_int4, Traffic(2, 2, 2, "50%"), [2], None, lambda: ticks.append(1))
+    assert [(entry["paths"], entry["patience"]) for entry in found] == [("arrival", 0), ("words", 2)]
+    assert len(ticks) == 4
+    for entry in found:
+        assert 2 <= entry["figures"]["distinct_experts"] <= 16
+        assert 0 < entry["figures"]["hit_rate"] < 1
+    assert found[1]["change"]["tokens_per_second"]["lower"] < found[1]["change"]["tokens_per_second"]["upper"]

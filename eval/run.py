@@ -20,7 +20,6 @@ from eval.report import cells_table, make_console, percent, results_json, system
 from eval.runner import progress_bar
 from eval.systems import system_named
 from eval.tasks import Task
-from expertflow_quant.formats import ExpertFlowError
 
 NAMED_FAILURES = 20
 
@@ -70,7 +69,7 @@ def run(
             judged = [judge(s, tasks, out, batch_size=size, device=device, bar=bar) for s, size in systems]
         how = {"batch_size": batch_size, "device": device, "limit": limit}
         scored = {"harness": harness_results(judged[0], tasks, given, out, console, **how)} if harness else {}
-    except ExpertFlowError as error:
+    except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     settings = {"expert_memory": expert_memory, "batch_size": batch_size, "limit": limit, "max_pixels": max_pixels}

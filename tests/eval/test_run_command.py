@@ -97,11 +97,15 @@ def test_errors_are_said_without_a_traceback(files):
         (["--task", "chartqa"], "chartqa needs its files"),
         (["--chartqa-path", files / "nowhere"], "lmms-lab/ChartQA"),
         ([], "no task is named"),
+        (["--docvqa-path", files / "d"], "batch_size = 2, this run has 32"),
     ]:
+        invoke(files / "model", "--docvqa-path", files / "d", "--batch-size", 2, "--out", files / "out")
         outcome = invoke(files / "model", *arguments, "--out", files / "out")
         assert outcome.exit_code == 1
         assert message in outcome.output
         assert "Traceback" not in outcome.output
+    outcome = invoke(files / "no model", "--task", "chart", "--out", files / "other")
+    assert "give the folder of a model" in outcome.output
 
 
 def test_a_noise_floor_wants_the_same_items(files):

@@ -155,12 +155,8 @@ def system_cells(report: Report) -> tuple[list[str], list[list[str]]]:
             sizes = [f"{size.total / 1e6:.2f}", f"{size.active / 1e6:.2f}", mebibytes(size.stored)]
             sizes.append(mebibytes(size.device))
         scores = [percent(judgement.mean(task.name)) for task in report.tasks]
-        costs = [
-            mebibytes(judgement.expert_bytes),
-            f"{judgement.tokens_per_second:.1f}",
-            share_cell(judgement.hit_rate),
-        ]
-        rows.append([label, report.roles[label], *sizes, *costs, *scores])
+        speed = [f"{judgement.tokens_per_second:.1f}", share_cell(judgement.hit_rate)]
+        rows.append([label, report.roles[label], *sizes, mebibytes(judgement.expert_bytes), *speed, *scores])
     return columns, rows
 
 

@@ -24,12 +24,20 @@ def newest_snapshot(folder: Path) -> Path:
     return max(snapshots, key=lambda path: path.stat().st_mtime) if snapshots else folder
 
 
-def hub_splits(folder: Path, configs: Sequence[str]) -> Splits | None:
-    """The parquet files of each split of the wanted configuration; None where there is no parquet file."""
+def hub_splits(folder: Path, configs: Sequence[str], foreign: Sequence[str] = ()) -> Splits | None:
+    """The parquet files of each split of the wanted configuration; None where there is no parquet file.
+
+    ``foreign``: configurations of other data sets, never taken even where they are the only ones.
+    """
     found = declared_configs(folder) or found_configs(folder)
     if not found:
         return None
-    return found[choose(list(found), (*configs, DEFAULT), f"{folder} has configurations")]
+    own = [name for name in found if name.lower() not in {other.lower() for other in foreign}]
+    if not own:
+        raise DataError(
+            f"{folder} holds the configuration {', '.join(found)} and not {' or '.join(configs)}: download that one too"
+        )
+    return found[choose(own, (*configs, DEFAULT), f"{folder} has configurations")]
 
 
 def declared_configs(folder: Path) -> dict[str, Splits]:

@@ -59,7 +59,7 @@ def open_source(data_set: DataSet, path: Path | str) -> Source:
 def _from_folder(data_set: DataSet, folder: Path) -> Source:
     if (saved := saved_splits(folder)) is not None:
         return _tables(data_set, "save_to_disk", saved, folder)
-    if (hub := hub_splits(folder, data_set.configs)) is not None:
+    if (hub := hub_splits(folder, data_set.configs, data_set.foreign_configs)) is not None:
         return _tables(data_set, "hub", hub, folder)
     if files := find_files(folder, data_set.json_files):
         return _texts(files, folder)

@@ -60,7 +60,8 @@ def file_task(name: str, path: Path | str, limit: int | None = None, max_pixels:
         )
     told = f", split {source.split}" if source.split else ""
     shrunk = f", at most {max_pixels} pixels an image" if max_pixels else ""
-    return Task(name, data_set.title, data_set.metric, items, f"{source.layout} layout{told}{shrunk}")
+    share = f", {len(items)} of {data_set.rows} questions" if data_set.rows not in (None, len(items)) else ""
+    return Task(name, data_set.title, data_set.metric, items, f"{source.layout} layout{told}{share}{shrunk}")
 
 
 def read_items(

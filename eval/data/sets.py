@@ -8,7 +8,8 @@ from eval.metrics import ANLS, RELAXED_ACCURACY, Metric
 @dataclass(frozen=True)
 class DataSet:
     """``style`` names the prompt and token limit; ``splits`` and ``configs`` what is taken where files hold several,
-    best first; ``json_files`` and ``tsv_files`` match file names of the other layouts; ``sources`` where to get it."""
+    best first; ``json_files`` and ``tsv_files`` match file names of the other layouts; ``sources`` where to get it;
+    ``rows`` how many questions the split has that is judged on, where that is known."""
 
     name: str
     title: str
@@ -19,6 +20,12 @@ class DataSet:
     json_files: str
     tsv_files: str
     sources: tuple[str, ...]
+    rows: int | None = None
+
+    @property
+    def foreign_configs(self) -> tuple[str, ...]:
+        """Configurations that hold other data sets than this."""
+        return tuple(name for other in DATA_SETS.values() for name in other.configs if name not in self.configs)
 
     @property
     def option(self) -> str:
@@ -47,6 +54,7 @@ CHARTQA = DataSet(
         'the authors\' "ChartQA Dataset" (test/test_human.json, test/test_augmented.json, test/png/)',
         "VLMEvalKit's ChartQA_TEST.tsv",
     ),
+    rows=2500,
 )
 CHARTQA_X = DataSet(
     "chartqa-x",
@@ -73,6 +81,7 @@ DOCVQA = DataSet(
         "task 1 of the RRC's DocVQA challenge (val_v1.0_withQT.json, spdocvqa_images/)",
         "VLMEvalKit's DocVQA_VAL.tsv",
     ),
+    rows=5349,
 )
 INFOVQA = DataSet(
     "infovqa",
@@ -88,5 +97,6 @@ INFOVQA = DataSet(
         "task 3 of the RRC's DocVQA challenge (infographicsVQA_val_v1.0_withQT.json, infographicsvqa_images/)",
         "VLMEvalKit's InfoVQA_VAL.tsv",
     ),
+    rows=2801,
 )
 DATA_SETS = {data_set.name: data_set for data_set in (CHARTQA, CHARTQA_X, DOCVQA, INFOVQA)}

@@ -187,7 +187,9 @@ def test_images_are_shrunk_for_every_system_alike(tmp_path):
 
 def test_a_limit_takes_the_first_items(tmp_path):
     path = CHART_LAYOUTS["hub"](tmp_path)
-    assert file_task("chartqa", path, limit=3).items == file_task("chartqa", path).items[:3]
+    task = file_task("chartqa", path, limit=3)
+    assert task.items == file_task("chartqa", path).items[:3]
+    assert task.source == "hub layout, split test, 3 of 2500 questions"
 
 
 def damaged_questions():
@@ -351,6 +353,11 @@ def test_splits_and_configurations_that_cannot_be_told_are_named(tmp_path):
         public.write_parquet(public.lmms_lab_chartqa(CHARTS), tmp_path / "two" / name / "test-0.parquet")
     with pytest.raises(DataError, match="configurations 'a', 'b'"):
         file_task("chartqa", tmp_path / "two")
+    both_configs(tmp_path / "half", readme=True)
+    for path in (tmp_path / "half" / "DocVQA").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="holds the configuration InfographicVQA and not DocVQA"):
+        file_task("docvqa", tmp_path / "half")
     public.write_parquet(TABLES["docvqa"](without_answers()), tmp_path / "test-0.parquet")
     with pytest.raises(DataError, match=r"none of 2 rows .* can be asked; the first one: it has no answers"):
         file_task("docvqa", tmp_path / "test-0.parquet")

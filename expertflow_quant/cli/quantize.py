@@ -24,6 +24,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 
 if TYPE_CHECKING:
     from expertflow_quant.pipeline.batches import CalibrationSample
+    from expertflow_quant.pipeline.observe import ObserveOptions
     from expertflow_quant.pipeline.quantize import QuantizeReport
 
 DEFAULT_FORMAT = "int4-g32"
@@ -43,7 +44,7 @@ Samples = Annotated[
 NumSamples = Annotated[int, typer.Option(min=1, help="How many calibration items are used.")]
 Seed = Annotated[int, typer.Option(help="Of the generated calibration items.")]
 TextShare = Annotated[
-    float, typer.Option(help="Text tokens' part of the weight beside image tokens; 0: by their number.")
+    float | None, typer.Option(help="Text tokens' part of the weight beside image tokens [0.9]; 0: by their number.")
 ]
 Scales = Annotated[str, typer.Option(help="How a group's range is found: absmax, or mse (searched).")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
@@ -64,7 +65,7 @@ def quantize(
     samples: Samples = None,
     num_samples: NumSamples = 128,
     seed: Seed = 0,
-    text_share: TextShare = 0.5,
+    text_share: TextShare = None,
     scales: Scales = "absmax",
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -75,7 +76,6 @@ def quantize(
     with console.status("loading libraries"):
         from expertflow_quant.models.device import pick_device
         from expertflow_quant.pipeline.methods import MethodOptions, check_method
-        from expertflow_quant.pipeline.observe import ObserveOptions
         from expertflow_quant.pipeline.quantize import quantize_model
 
     check_method(method)
@@ -91,7 +91,7 @@ def quantize(
                 plan=chosen,
                 samples=_samples(samples, num_samples, seed) if calibrates else None,
                 options=options,
-                observe=ObserveOptions(text_share=text_share or None) if calibrates else None,
+                observe=_observe(text_share) if calibrates else None,
                 device=pick_device(device),
                 overwrite=overwrite,
                 progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
@@ -126,6 +126,12 @@ def _plan(format_name: str | None, plan: Path | None) -> Plan:
     if format_name is not None and plan is not None:
         raise ExpertFlowError("--format and --plan were both given: a plan names its own default: give either")
     return Plan.load(plan) if plan is not None else Plan.uniform(format_name or DEFAULT_FORMAT)
+
+
+def _observe(text_share: float | None) -> "ObserveOptions":
+    from expertflow_quant.pipeline.observe import ObserveOptions
+
+    return ObserveOptions() if text_share is None else ObserveOptions(text_share=text_share or None)
 
 
 def _samples(path: Path | None, count: int, seed: int) -> "list[CalibrationSample]":

@@ -1,6 +1,7 @@
 """Durable files: written under a temporary name, synced, renamed; hashed while they are written; never
 outside."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,6 +38,8 @@ def write_durably(path: Path, chunks: Iterable[Chunk], sync: bool = True) -> tup
         if sync:
             sync_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):  # its bytes may be what others lack
+            partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path} (stopped after {nbytes} bytes): {error.strerror or error}: make room or "
             f"choose another folder; the same command run again goes on from the last finished layer"

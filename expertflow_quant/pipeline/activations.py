@@ -118,6 +118,7 @@ class MappedRows:
         if self._like is None or self._file.tell() == 0:
             raise ValueError("no rows were added")
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._file.close()  # the mapping keeps it
         return torch.frombuffer(self._map, dtype=self._like.dtype).view(-1, self._like.shape[1])
 
     def used(self, nbytes: int) -> None:

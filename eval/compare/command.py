@@ -35,6 +35,9 @@ def compare(
     items: Annotated[int, typer.Option(min=0, help="questions per task; 0: all of a file, 320 generated")] = 0,
     expert_memory: Annotated[str, typer.Option(help="device bytes for experts of our checkpoints")] = "25%",
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="shrink larger images to so many pixels before any model sees them")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="of the generated items and the bootstrap")] = 0,
     noise_floor: Annotated[bool, typer.Option(help="ask full precision again in batches of half the size")] = False,
@@ -49,7 +52,7 @@ def compare(
     console = make_console()
     try:
         sides = contest(systems, own, dense or [], expert_memory, noise_floor)
-        tasks = tasks_named(task or [], items, seed)
+        tasks = tasks_named(task or [], items, seed, max_pixels)
         judgements = judge_all(sides, tasks, console, folder=out, batch_size=batch_size, device=device)
         by_label = {judgement.system.label: judgement for judgement in judgements}
         comparisons = [
@@ -60,7 +63,7 @@ def compare(
     except (ExpertFlowError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    settings = {"expert_memory": expert_memory, "batch_size": batch_size, "seed": seed}
+    settings = {"expert_memory": expert_memory, "batch_size": batch_size, "max_pixels": max_pixels, "seed": seed}
     settings |= {"resamples": RESAMPLES, "confidence": CONFIDENCE}
     found = changed_questions(judgements, [(system.label, baseline.label) for system, baseline, _ in sides.pairs])
     report = Report(

@@ -11,8 +11,6 @@ from eval.systems import system_named
 from eval.tasks import GENERATED, Task
 from expertflow_quant.formats import ExpertFlowError
 
-MARGINS_BY_ROLE = {OWN: MARGIN_OWN, DENSE: MARGIN_DENSE, AGAIN: MARGIN_OWN}
-
 
 @dataclass(frozen=True)
 class Contest:
@@ -66,8 +64,8 @@ def contest(
     return found
 
 
-def tasks_named(names: Sequence[str], items: int, seed: int) -> list[Task]:
+def tasks_named(names: Sequence[str], items: int, seed: int, max_pixels: int | None = None) -> list[Task]:
     """Tasks by NAME, or NAME=PATH for those that come from files, with at most ``items`` questions each."""
     paths = {name: path for name, given, path in (text.partition("=") for text in names) if given}
     chosen = [text.partition("=")[0] for text in names] or list(GENERATED)
-    return make_tasks(chosen, paths, limit=items or None, seed=seed)
+    return make_tasks(chosen, paths, limit=items or None, seed=seed, max_pixels=max_pixels)

@@ -3,11 +3,13 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.public_files import chart_questions, lmms_lab_chartqa, write_parquet
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,8 +18,9 @@ from eval.__main__ import app
 from eval.compare.changed import cards, changed_questions, image_url
 from eval.compare.report import AGAIN, DENSE, JUDGED, OWN
 from eval.compare.sizes import Matching, Size, match, parameters, size_of
-from eval.compare.systems import contest, system_named, tasks_named
+from eval.compare.systems import contest, tasks_named
 from eval.judge import Judgement, System
+from eval.systems import system_named
 from eval.tasks import generated_tasks
 from expertflow_quant.formats import ExpertFlowError
 
@@ -118,6 +121,32 @@ def test_tasks_by_name():
     assert [len(task.items) for task in tasks_named(["document"], 4, 0)] == [4]
     with pytest.raises(ExpertFlowError, match="poem"):
         tasks_named(["poem"], 4, 0)
+
+
+def test_public_files_make_a_page_with_lines_by_split_and_a_damaged_row(models, monkeypatch):
+    pytest.importorskip("pyarrow")
+    questions = chart_questions(8)
+    questions[3] = replace(questions[3], image=b"no picture")
+    file = write_parquet(lmms_lab_chartqa(questions), models / "chartqa" / "test-00000-of-00001.parquet")
+
+    class Right:
+        expert_bytes = device_expert_bytes = 0
+
+        def generate(self, conversations, max_new_tokens=32):
+            return [SimpleNamespace(text="Yes", prompt_tokens=9, image_tokens=4, completion_tokens=2)] * len(
+                conversations
+            )
+
+    monkeypatch.setattr(eval.judge, "open_engine", lambda system, device: Right())
+    out = models / "results"
+    done = run(models / "out", "--self", models / "plain", "--task", f"chartqa={file}", "--out", out)
+    assert done.exit_code == 0, done.output
+    written = json.loads((out / "compare.json").read_text())
+    (found,) = written["comparisons"]
+    assert found["items"] == 8
+    assert {g["name"]: g["items"] for g in found["groups"] if g["dimension"] == "split"} == {"human": 4, "augmented": 4}
+    assert written["systems"][0]["failures"] == 1
+    assert "1 damaged rows score 0" in (out / "compare.html").read_text()
 
 
 def test_parameters_are_those_of_the_weights(small_moe):

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from eval.cache.at_work import policies
 from eval.cache.command import cache
 from eval.compare.command import compare as compare_command
 from eval.comparison import Comparison, compare
@@ -57,6 +58,7 @@ app.command()(speed)
 app.command()(predict)
 app.command()(cache)
 app.command()(schedule)
+app.command()(policies)
 app.command()(plans)
 app.command()(quantize_speed)
 app.command()(lmms)

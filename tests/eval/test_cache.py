@@ -8,6 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from eval.__main__ import app
 from eval.cache.command import cache
 from eval.cache.contenders import Case, contenders, fit_for, predictions
 from eval.cache.measure import bound, verdicts
@@ -184,3 +185,13 @@ def test_what_cannot_be_run_is_refused_in_words(tmp_path, arguments, said):
     done = run(trace, "--fit", trace, "--out", tmp_path / "cache.json", *arguments)
     assert done.exit_code == 1
     assert said in done.output
+
+
+def test_every_switch_of_the_plain_path_gives_the_same_answers(small_int4, tmp_path):
+    command = ["policies", str(small_int4), "--items", "1", "--out", str(tmp_path / "policies.json")]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 0, outcome.output
+    runs = json.loads((tmp_path / "policies.json").read_text())["runs"]
+    assert all(run["same_answers"] for run in runs)
+    assert {run["policy"] for run in runs} == {"lru", "scan", "lfu", "predictive"}
+    assert {run["ahead"] for run in runs if run["ahead_bytes_per_token"]} == {1.0}

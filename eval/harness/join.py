@@ -60,6 +60,11 @@ def agreement(items: Sequence[JoinedItem], asked: Sequence[ItemResult] = ()) -> 
     pairs = list(zip(items, asked, strict=True)) if asked else []
     found: dict[str, Any] = {
         "items": len(items),
+        "scores": {
+            "zero": sum(item.harness_score == 0 for item in items),
+            "between": sum(0 < item.harness_score < 1 for item in items),
+            "one": sum(item.harness_score == 1 for item in items),
+        },
         "same_prompts": sum(item.same_prompt for item in items),
         "bit_equal_scores": sum(item.bit_equal for item in items),
         "errors": sum(item.error is not None for item in items),

@@ -104,6 +104,7 @@ def test_documents_are_joined_by_their_number_and_scores_compared_to_the_last_bi
     rows[0]["scores"]["anls"] = math.nextafter(rows[0]["scores"]["anls"], 1)
     found = agreement(joined(DOCVQA_TASK, task, rows))
     assert (found["items"], found["bit_equal_scores"]) == (len(rows), len(rows) - 1)
+    assert found["scores"] == {"zero": 0, "between": len(rows) // 2, "one": len(rows) // 2}
     assert [item["id"] for item in found["different"]] == [task.items[0].id]
     assert len(joined(DOCVQA_TASK, task, rows[:2])) == 2
     for other in (rows[1:], [*rows, *rows]):

@@ -17,6 +17,7 @@ from eval.runner import progress_bar
 from eval.speed.bench import Bench, find_target
 from eval.speed.catalogue import SYSTEMS, chosen_systems
 from eval.speed.ceilings import measure_ceilings
+from eval.speed.drawn import Predictions
 from eval.speed.measure import Run, measure, refused
 from eval.speed.plots import speed_figure
 from eval.speed.report import speed_json, speed_tables, trace_lines
@@ -81,8 +82,15 @@ def speed(
     except (ExpertFlowError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    asked = {"resident": resident or ["25%"], "batch": batch or [1], "prompt": prompt or [2048], "seed": seed}
+    asked: dict[str, Any] = {
+        "resident": resident or ["25%"],
+        "batch": batch or [1],
+        "prompt": prompt or [2048],
+        "seed": seed,
+    }
     asked |= {"new_tokens": new_tokens, "warm": warm, "time_limit_s": time_limit, "systems": [s.name for s in specs]}
+    if any(spec.looks_ahead for spec in specs):
+        asked["predictions"] = Predictions.measured().to_json()
     results = speed_json(
         sys.argv[1:], str(bench.device), describe_target(bench), asked, told, asdict(ceilings), figures
     )
@@ -120,7 +128,7 @@ def run_all(
     """Each system is built once and goes through its settings; only one exists at a time."""
     figures = []
     with progress_bar(console) as bar:
-        wanted = {spec.name: _settings_of(spec, settings) for spec in specs}
+        wanted = {spec.name: _settings_of(spec, settings, run.bench.expert_bytes) for spec in specs}
         task = bar.add_task("", total=sum(map(len, wanted.values())))
         for spec in specs:
             bar.update(task, description=f"{spec.title}: building")
@@ -180,6 +188,8 @@ def write_results(out: Path, results: dict[str, Any], console: Console) -> None:
     console.print(f"results and plot: {out}, {out.with_suffix('.png')}", highlight=False)
 
 
-def _settings_of(spec: SystemSpec, settings: Sequence[Setting]) -> list[Setting]:
-    """All of them; for a system that takes no budget, those of the first one."""
-    return [s for s in settings if s.resident == settings[0].resident] if spec.any_budget else list(settings)
+def _settings_of(spec: SystemSpec, settings: Sequence[Setting], all_bytes: int) -> list[Setting]:
+    """All of them; for a system that takes no budget, those of the first one; for guesses, those with misses."""
+    if spec.any_budget:
+        return [s for s in settings if s.resident == settings[0].resident]
+    return [s for s in settings if not spec.looks_ahead or s.budget_bytes < all_bytes]

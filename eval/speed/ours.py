@@ -93,10 +93,12 @@ class FastSystem:
         return self._runner
 
 
-def fast_spec(make: MakeRunner, name: str = "ours", title: str = "ours, graph") -> SystemSpec:
+def fast_spec(
+    make: MakeRunner, name: str = "ours", title: str = "ours, graph", looks_ahead: bool = False
+) -> SystemSpec:
     """The fast path as a row of a run."""
 
     def build(bench: Bench) -> System:
         return FastSystem(bench, make)
 
-    return SystemSpec(name, title, build)
+    return SystemSpec(name, title, build, looks_ahead=looks_ahead)

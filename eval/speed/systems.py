@@ -95,12 +95,13 @@ class System(Protocol):
 @dataclass(frozen=True)
 class SystemSpec:
     """How a system is called, in files and in tables, and how it is built. ``any_budget``: it takes none, so one of a
-    run's budgets is enough."""
+    run's budgets is enough. ``looks_ahead``: only where not all experts are resident is there something to guess."""
 
     name: str
     title: str
     build: Callable[["Bench"], System]
     any_budget: bool = False
+    looks_ahead: bool = False
 
 
 class Clock:

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS, BLOCK = 32, 8192
+PROGRAMS, BLOCK = 64, 4096
 """Programs, and int32 words that each has under way: enough to saturate a PCIe 5 link."""
 
-AHEAD_PROGRAMS, AHEAD_BLOCK = 16, 4096
-"""The same beside products and fills that are waited for: whoever has more under way gets more of the link."""
+AHEAD_PROGRAMS, AHEAD_BLOCK = 24, 4096
+"""The same beside products and fills that are waited for: whoever has more under way gets more of the link. Measured
+on an H100, guesses of 70 % recall, ms a step: 24 programs 7.3, 16: 7.4, 32: 7.7; two such fills at once: 7.8."""
 
 WARPS = 8
 ALIGNMENT = tl.constexpr(16)

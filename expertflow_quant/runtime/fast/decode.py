@@ -106,11 +106,11 @@ class DecodePass:
         ahead = self._ahead
         if ahead is None or layer >= len(self._gates) or self._resident.all_resident(layer):
             return
-        if (choosing := ahead.choosing) is None:
+        if ahead.streams is None:
             if (ids := self._guessed(ahead, layer, hidden)) is not None:
                 self._resident.prefetch(layer, ids)
             return
-        filling = ahead.filler(layer)
+        choosing, filling = ahead.streams
         choosing.wait_stream(torch.cuda.current_stream())
         self._forked.add(choosing)
         with torch.cuda.stream(choosing):

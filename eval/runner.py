@@ -28,6 +28,8 @@ from eval.tasks import Task, TaskItem
 from expertflow_quant.formats import ExpertFlowError
 
 Conversation = list[dict[str, Any]]
+LOG_SECONDS = 60.0
+"""Between lines of progress where nobody watches a bar: in a log, a pipe."""
 
 
 class EngineLostError(ExpertFlowError):
@@ -88,9 +90,10 @@ def run_tasks(
     bar: Progress | None = None,
 ) -> list[ItemResult]:
     """Ask what ``file`` does not hold yet; returns all results in order. ``bar`` shows items/s and the time
-    left."""
+    left; where its console is no terminal, a line says so every minute."""
     total, kept, seen = sum(len(task.items) for task in tasks), len(file.results), 0
     row = bar.add_task(file.path.stem, total=total, completed=kept, kept=kept) if bar else None
+    started = said = time.monotonic()
     for batch in batches(tasks, batch_size):
         seen += len(batch.items)
         if seen <= kept:
@@ -101,6 +104,10 @@ def run_tasks(
         file.append(results, {name: value - before.get(name, 0) for name, value in after.items()})
         if bar and row is not None:
             bar.advance(row, len(results))
+            if not bar.console.is_terminal and (now := time.monotonic()) - said >= LOG_SECONDS:
+                said = now
+                line = progress_line(file.path.stem, seen, total, (seen - kept) / max(now - started, 1e-9))
+                bar.console.print(line, highlight=False)
     return file.results
 
 
@@ -120,6 +127,11 @@ def cache_counters(engine: Answerer) -> dict[str, float]:
     stats = getattr(engine, "stats", None)
     names = ("hits", "misses", "bytes_moved", "stall_seconds")
     return {name: getattr(stats, name) for name in names if getattr(stats, name, None) is not None}
+
+
+def progress_line(name: str, done: int, total: int, rate: float) -> str:
+    """What the bar says, as a line. ``rate``: items a second of this run."""
+    return f"{name}: {done} of {total} items, {rate:.2f} a second, about {(total - done) / rate / 60:.0f} min left"
 
 
 def progress_bar(console: Console | None = None) -> Progress:

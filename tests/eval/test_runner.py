@@ -1,16 +1,20 @@
 """The runner and its file, on a fake engine: no model is loaded."""
 
 import dataclasses
+import io
 import json
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+import eval.runner
 from eval.metrics import ANLS, RELAXED_ACCURACY
 from eval.records import ResultsError, ResultsFile, read_results
-from eval.runner import batches, progress_bar, run_tasks
+from eval.runner import batches, progress_bar, progress_line, run_tasks
 from eval.tasks import Task, generated_task, generated_tasks
 
 
@@ -83,6 +87,21 @@ def test_every_item_is_recorded_with_its_score_and_counts(tmp_path):
     assert results[0].seconds == results[1].seconds > 0
     assert file.counters == {"hits": 6, "misses": 2}
     assert read_results(tmp_path / "run.jsonl") == ({"seed": 0}, results)
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(tmp_path, monkeypatch):
+    def said(name):
+        console = Console(file=io.StringIO(), width=100)
+        with progress_bar(console) as bar:
+            run_tasks(FakeEngine(), [task("abcd")], 2, ResultsFile.open(tmp_path / f"{name}.jsonl", {}), bar=bar)
+        return [line for line in console.file.getvalue().splitlines() if " items, " in line]
+
+    assert said("short") == []
+    monkeypatch.setattr(eval.runner, "LOG_SECONDS", 0.0)
+    first, last = said("long")
+    assert re.fullmatch(r"long: 2 of 4 items, \d+\.\d\d a second, about 0 min left", first)
+    assert last.startswith("long: 4 of 4 items")
+    assert progress_line("x", 100, 700, 0.5) == "x: 100 of 700 items, 0.50 a second, about 20 min left"
 
 
 def test_a_failing_item_scores_zero_and_costs_only_itself(tmp_path):

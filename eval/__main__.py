@@ -17,6 +17,7 @@ from eval.cache.at_work import policies
 from eval.cache.command import cache
 from eval.compare.command import compare as compare_command
 from eval.comparison import Comparison, compare
+from eval.curves.command import curves
 from eval.harness.command import lmms
 from eval.judge import Judgement, System, judge
 from eval.plans.command import plans
@@ -61,6 +62,7 @@ app.command()(schedule)
 app.command()(policies)
 app.command()(plans)
 app.command()(quantize_speed)
+app.command()(curves)
 app.command()(lmms)
 app.command()(run)
 app.command()(streaming)

@@ -14,9 +14,10 @@ where ``g = J^T v`` is one backward pass from random ``v`` with covariance F, dr
 (Gauss-Newton; the random v as in Hutchinson 1990): a few passes say what any change of any expert would cost.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,7 @@ class _PictureMemo:
         self._kept: dict[int, tuple[Batch, Any]] = {}
         self._now: Batch | None = None
         if hasattr(base, "get_image_features"):
-            self._features = base.get_image_features
-            base.get_image_features = self._remembered
+            base.get_image_features = self._remembering(base.get_image_features)
 
     @contextmanager
     def batch(self, inputs: Batch) -> Iterator[None]:
@@ -178,11 +178,15 @@ class _PictureMemo:
         finally:
             self._now = None
 
-    def _remembered(self, *arguments: Any, **options: Any) -> Any:
-        if self._now is None:
-            return self._features(*arguments, **options)
-        key = id(self._now)
-        if key not in self._kept:  # the batch is kept with its features, so that no other one can have its id
-            with torch.no_grad():
-                self._kept[key] = (self._now, self._features(*arguments, **options))
-        return self._kept[key][1]
+    def _remembering(self, features: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(features)  # generate reads its signature
+        def remembered(*arguments: Any, **options: Any) -> Any:
+            if self._now is None:
+                return features(*arguments, **options)
+            key = id(self._now)
+            if key not in self._kept:  # the batch is kept with its features, so that no other one can have its id
+                with torch.no_grad():
+                    self._kept[key] = (self._now, features(*arguments, **options))
+            return self._kept[key][1]
+
+        return remembered

@@ -46,13 +46,13 @@ def streaming(
     console = make_console()
     sizes = Sizes(layers, 16, 128, 64, 512, 4, 2) if tiny else Sizes(layers)
     methods = method or ["rtn", "gptq"]
-    job = [form, batches, rows, tokens]
     try:
         for name in methods:
             check_method(name)
         with tempfile.TemporaryDirectory(dir=folder, prefix="streaming-") as room:
             nbytes = _write(Path(room) / "model", sizes, seed, console)
-            runs = [_run(Path(room), name, job, threads, console) for name in methods]
+            jobs = {name: [form, 0 if name == "rtn" else batches, rows, tokens] for name in methods}
+            runs = [_run(Path(room), name, jobs[name], threads, console) for name in methods]
     except ExpertFlowError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error

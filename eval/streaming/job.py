@@ -1,6 +1,6 @@
 """The process whose memory is watched: quantizes one model, and says on its standard output how far it is.
 
-``python -m eval.streaming.job MODEL OUT METHOD FORMAT BATCHES ROWS TOKENS``
+``python -m eval.streaming.job MODEL OUT METHOD FORMAT BATCHES ROWS TOKENS``; 0 batches: without calibration.
 """
 
 import json
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     say("libraries are loaded")
     stream = ModelStream(model)
     say("headers are read")
-    observations = None if method == "rtn" else Observations(stream, random_tokens(stream, batches, rows, tokens))
+    observations = Observations(stream, random_tokens(stream, batches, rows, tokens)) if batches else None
     report = quantize_model(stream, Path(out), method=method, plan=form, observations=observations, progress=tell)
     say("done", seconds=round(report.seconds, 1), expert_bytes=report.expert_bytes)
 

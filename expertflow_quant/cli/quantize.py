@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FORMAT = "int4-g32"
 INTERRUPTED = 130
+RATE_SECONDS = 1800.0  # rate and time left count the pauses in which a layer is observed
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a transformers Mixture-of-Experts model.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpoint; new, or an unfinished one.")]
@@ -119,6 +120,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        speed_estimate_period=RATE_SECONDS,
     )
 
 

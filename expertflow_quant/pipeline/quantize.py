@@ -151,6 +151,8 @@ class _Work:
                 for _ in self._write_layer(writer, layer, observed):
                     done += 1
                     progress(done, total, f"layer {layer.index}")
+                if self.observations is not None and layer.index != left[-1]:
+                    progress(done, total, "observing")
         return len(finished)
 
     def _observed(self, left: list[int], scratch: Path) -> Iterator[tuple[MoELayer, ObservedLayer | None]]:

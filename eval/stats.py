@@ -113,7 +113,7 @@ def paired_difference(
     if not np.isfinite(differences).all():
         raise ValueError("a score is not a finite number: score what cannot be scored 0, never drop it")
     _, cluster = np.unique(np.asarray(images), return_inverse=True)
-    sums = np.bincount(cluster, weights=differences).astype(np.float64)
+    sums = np.bincount(cluster, weights=differences).astype(np.float64).round(12)  # so that images alike are equal
     sizes = np.bincount(cluster).astype(np.float64)
     mean, clump = float(differences.mean()), _clump(sums, sizes)
     guard = 1 + (clump - 1) * _thinness(sums)

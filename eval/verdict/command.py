@@ -19,7 +19,7 @@ from eval.verdict.rates import Rates, pass_rates, settings, summary
 
 def calibrate_verdict(
     out: Annotated[Path, typer.Option(help="results file; a plot of the same name goes beside it")],
-    studies: Annotated[int, typer.Option(min=100, help="drawn for every setting; 4000 know 5 % to 0.35 points")] = 4000,
+    studies: Annotated[int, typer.Option(min=100, help="drawn for every setting; 8000 know 5 % to 0.25 points")] = 8000,
     resamples: Annotated[
         int, typer.Option(min=200, help=f"of each bootstrap; a real verdict takes {RESAMPLES}")
     ] = 1000,

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {"expertflow_quant", "eval", "calibration"}
-OPTIONAL = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pyarrow", "openai", "triton", "scipy")
+OPTIONAL = ("fastapi", "starlette", "uvicorn", "prometheus_client", "pyarrow", "openai", "triton", "scipy", "lmms_eval")
 # always installed with, and pinned by, the package that they belong to: transformers, pydantic
 PARTS_OF_ANOTHER = ("tokenizers", "pydantic_core")
 
@@ -45,8 +45,8 @@ def imported(room: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("room", "extras"),
     [
-        ("expertflow_quant", ("serve", "parquet", "gpu", "plan")),
-        ("eval", ("eval", "test")),
+        ("expertflow_quant", ("serve", "parquet", "gpu", "plan", "lmms")),
+        ("eval", ("eval", "test", "lmms")),
         ("calibration", ("eval", "test")),
     ],
 )

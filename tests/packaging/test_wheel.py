@@ -53,7 +53,8 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert "Apache License" in license_text
     assert dict(scripts["console_scripts"]) == {"expertflow-quant": "expertflow_quant.cli.main:app"}
-    assert {"serve", "parquet", "eval", "test"} <= set(metadata.get_all("Provides-Extra", []))
+    assert dict(scripts["lmms_eval.models"]) == {"expertflow": "expertflow_quant.harness.manifest:manifest"}
+    assert {"serve", "parquet", "lmms", "eval", "test"} <= set(metadata.get_all("Provides-Extra", []))
 
 
 def test_it_imports_where_there_is_no_checkout(wheel: Path, tmp_path: Path) -> None:

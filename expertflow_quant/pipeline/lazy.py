@@ -62,10 +62,14 @@ class LazyWeights:
         return [weight.source for weight in self._weights]
 
     def detach(self) -> None:
-        """Takes the (meta) parameters out of the model and puts in their place what reads them."""
+        """Takes the (meta) parameters out of the model, and leaves transformers nothing to initialise there."""
         for weight in self._weights:
             weight.drop()
-            weight.module._is_hf_initialized = True  # type: ignore[assignment]  # nothing here to initialise
+            weight.module._is_hf_initialized = True  # type: ignore[assignment]
+        for unit in self.units:
+            for module in unit.module.modules():  # a module may initialise the weights of its children
+                if not module._non_persistent_buffers_set:
+                    module._is_hf_initialized = True  # type: ignore[assignment]
 
     def attach(self) -> None:
         """From now on forwards read what they need."""
@@ -139,8 +143,8 @@ def lazy_weights(model: Any, stream: ModelStream, device: torch.device, dtype: t
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     units += [Unit(module, weights(name, module)) for name, module in named.items() if module is output]
     place = next((name for name, module in named.items() if module is embedding), None)
-    is_table = place is not None and isinstance(embedding, nn.Embedding) and embedding.max_norm is None
-    table = weight(embedding, "weight", f"{place}.weight") if is_table else None
+    is_table = isinstance(embedding, nn.Embedding) and embedding.max_norm is None and _may_wait(embedding)
+    table = weight(embedding, "weight", f"{place}.weight") if place is not None and is_table else None
     return LazyWeights(stream, device, [unit for unit in units if unit.weights], table)
 
 

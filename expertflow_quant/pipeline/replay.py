@@ -10,7 +10,7 @@ A model of which this is not true is found out and raises NotReplayable: its blo
 write to, or what comes out of a skipped block, which is NaN, reaches a block that runs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -186,6 +186,7 @@ class Replay:
         if number == run.start > 1 and not _all_finite((args, kwargs)) and _all_finite(run.before):
             raise NotReplayable("what a block makes goes to other blocks than the next one")
         output = forward(*args, **kwargs)
+        _refuse_shared(args, kwargs)
         if number == run.stop:
             run.output = output
             raise _Reached
@@ -256,7 +257,8 @@ def _all_finite(value: Any) -> bool:
 
 
 def _refuse_shared(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Blocks that are given something to write to may tell each other what is not in their outputs."""
+    """Blocks that are given something to write to may tell each other what is not in their outputs; as long as it is
+    empty they have not."""
     given = [(f"argument {place}", value) for place, value in enumerate(args)] + list(kwargs.items())
     for name, value in given:
         if not _is_plain(value):
@@ -266,5 +268,7 @@ def _refuse_shared(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(each) for each in value)
+    if isinstance(value, Mapping):
+        return len(value) == 0
     plain = (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.Size)
     return value is None or isinstance(value, plain)

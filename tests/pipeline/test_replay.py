@@ -11,10 +11,13 @@ import torch
 from helpers import tiny
 from helpers.calibration import calls_of_the_plain_model, padded_batches, save_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from expertflow_quant.formats import ExpertFlowError
+from expertflow_quant.models.seams import expert_modules
 from expertflow_quant.pipeline.activations import Activations, structure_of, value_of
 from expertflow_quant.pipeline.batches import CalibrationData
 from expertflow_quant.pipeline.observe import Observations, ObservedLayer, ObserveOptions
@@ -106,6 +109,34 @@ def test_only_one_layers_activations_are_on_disk(tmp_path: Path) -> None:
         assert blocks <= {f"{here - 1:05d}", f"{here:05d}"}
 
 
+SPECIAL = {
+    "qwen3_next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "shared_expert_intermediate_size": 48},
+    "afmoe": {"num_dense_layers": 1},
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "top_k_experts": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_models_that_are_made_in_other_ways(kind: str, tmp_path: Path) -> None:
+    """Linear attention and a gate in the block's own hands; a bias beside the router; scaled embeddings and a dict
+    that blocks could share, but do not."""
+    config = CONFIG_MAPPING[kind](**tiny.TEXT, **tiny.MOE, **SPECIAL[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for _, module in expert_modules(model):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    family = "qwen3_moe"  # whose batches fit all text models
+    assert_as_the_plain_model(list(observations(tmp_path, family).layers()), tmp_path, family)
+
+
 def forward_with(shared: bool, sums: bool) -> Any:
     """A model's forward whose blocks share a dict, or read the sum of all blocks before them."""
 
@@ -113,8 +144,10 @@ def forward_with(shared: bool, sums: bool) -> Any:
         hidden = self.embed_tokens(input_ids)
         places = torch.arange(input_ids.shape[1])[None]
         embeddings, outputs = self.rotary_emb(hidden, places), [torch.zeros_like(hidden)]
-        given = {"shared": {}} if shared else {}
-        for layer in self.layers:
+        given: dict[str, Any] = {"shared": {}} if shared else {}
+        for number, layer in enumerate(self.layers):
+            if shared and number > 1:
+                given["shared"]["of a block"] = hidden
             hidden = layer(
                 hidden + (sum(outputs) if sums else 0), position_ids=places, position_embeddings=embeddings, **given
             )

@@ -87,7 +87,9 @@ def _measured(
             caches = _caches(store, device_bytes, contender.slots)
             items = measure(engine, tasks, teacher, caches, lambda row=row: bar.advance(row))  # type: ignore[misc]
             entry = {"name": contender.name, "plan": contender.plan.to_json(), "record_bytes": store.nbytes}
-            entry |= {"device_bytes": device_bytes, "figures": figures(items)}
+            planned = caches.get("planned slots")
+            entry |= {"slots": None if planned is None else planned.plan, "device_bytes": device_bytes}
+            entry["figures"] = figures(items)
             found.append(entry | ({"change": differences(items, base)} if base else {}))
             base = base or items
     return found

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -15,6 +16,7 @@ from eval.stats import clustered_error, paired_difference
 
 Part = Callable[[ItemFigures], float]
 _Z = 1.96
+CACHES = {"equal shares": "o", "planned slots": "^"}
 RATIOS: dict[str, tuple[Part, Part]] = {
     "bytes_per_token": (lambda item: item.moved, lambda item: item.tokens),
     "kl": (lambda item: item.kl, lambda item: 1.0),
@@ -99,28 +101,40 @@ def plans_table(contenders: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def plans_figure(contenders: Sequence[Mapping[str, Any]]) -> Figure:
-    """Score against bytes moved, a panel a task: the better, the further up and left."""
+    """Changes against the first contender with their intervals: of each task's score and of the divergence, against
+    bytes moved in a decode step."""
     tasks = list(contenders[0]["figures"]["scores"])
+    panels = [(f"{task}: score", ("scores", task), "points") for task in tasks]
+    panels.append(("divergence from full precision", ("kl",), "%"))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 3.8), layout="constrained")
-        for panel, task in zip(np.atleast_1d(axes), tasks, strict=True):
-            for at, entry in enumerate(contenders):
-                name = "device_bytes_per_step, equal shares"
-                panel.plot(*_point(entry, task, name), "o", color=color_of(at), label=entry["name"])
-                planned = "device_bytes_per_step, planned slots"
-                if planned in entry["figures"]:
-                    label = f"{entry['name']}, planned slots"
-                    panel.plot(*_point(entry, task, planned), "^", color=color_of(at), label=label)
-            panel.set_title(task)
-            panel.set_xlabel("KiB of experts moved in a decode step")
-            panel.set_ylabel("score, %")
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.8), layout="constrained")
+        for panel, (title, path, unit) in zip(axes, panels, strict=True):
+            panel.plot(0, 0, "s", color="#000000", label=contenders[0]["name"])
+            for at, entry in enumerate(contenders[1:]):
+                for cache, marker in CACHES.items():
+                    if f"device_bytes_per_step, {cache}" in entry["change"]:
+                        _draw(panel, entry, path, cache, {"color": color_of(at), "marker": marker})
+            panel.set_title(title)
+            panel.set_ylabel(f"change, {unit}")
+            panel.set_xlabel("bytes moved in a decode step: change, %")
+            panel.axhline(0, color="#8a8a8a", linewidth=0.8)
+            panel.axvline(0, color="#8a8a8a", linewidth=0.8)
             panel.grid(alpha=0.25)
-        figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
         return figure
 
 
-def _point(entry: Mapping[str, Any], task: str, name: str) -> tuple[float, float]:
-    return entry["figures"][name] / 1024, 100 * entry["figures"]["scores"][task]
+def _draw(panel: Axes, entry: Mapping[str, Any], path: Sequence[str], cache: str, style: dict[str, Any]) -> None:
+    across, up = entry["change"][f"device_bytes_per_step, {cache}"], entry["change"]
+    for key in path:
+        up = up[key]
+    x, y = (100 * change["mean"] for change in (across, up))
+    errors = [
+        [[max(value - 100 * change["lower"], 0)], [max(100 * change["upper"] - value, 0)]]
+        for value, change in ((x, across), (y, up))
+    ]
+    label = entry["name"] + (f", {cache}" if cache != "equal shares" else "")
+    panel.errorbar(x, y, errors[1], errors[0], markersize=5, capsize=2, linewidth=1, label=label, **style)
 
 
 def _points(change: Mapping[str, float] | None) -> str:

@@ -53,7 +53,8 @@ class ExpertEntry:
     """How one expert is coded, and what calibration measured.
 
     ``error``: relative error of its output on its calibration rows (of its weights where there were no rows),
-    ``|y_q - y| / |y|`` in the Frobenius norm. ``tokens``: calibration tokens routed to it. ``coverage``:
+    ``|y_q - y| / |y|`` in the Frobenius norm. ``tokens``: calibration tokens routed to it, of which
+    ``text_tokens`` are text, the others of images (None: not counted). ``coverage``:
     "routed" (calibrated on these), "closest" (too few: calibrated also on the tokens that came closest to
     choosing it), "few" (too few, and nothing to tell which others come close), "none" (no rows).
     """
@@ -64,10 +65,13 @@ class ExpertEntry:
     tokens: int = 0
     coverage: str = "none"
     error: float = 0.0
+    text_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.coverage not in COVERAGES:
             raise CheckpointError(f"coverage {self.coverage!r} is not known: use one of {', '.join(COVERAGES)}")
+        if self.text_tokens is not None and not 0 <= self.text_tokens <= self.tokens:
+            raise CheckpointError(f"{self.text_tokens} of {self.tokens} tokens are text: restore the manifest")
         if not (math.isfinite(self.error) and self.error >= 0 and self.tokens >= 0):
             raise CheckpointError(
                 f"an expert's error {self.error} and token count {self.tokens} must be finite and not below "
@@ -82,6 +86,7 @@ class ExpertEntry:
             "tokens": self.tokens,
             "coverage": self.coverage,
             "error": float(f"{self.error:.6g}"),
+            **({} if self.text_tokens is None else {"text_tokens": self.text_tokens}),
         }
 
 
@@ -253,6 +258,7 @@ def _expert(value: object) -> ExpertEntry:
         tokens=_typed(entry.get("tokens", 0), int, "tokens"),
         coverage=_typed(entry.get("coverage", "none"), str, "coverage"),
         error=float(_typed(entry.get("error", 0.0), (int, float), "error")),
+        text_tokens=_typed(entry["text_tokens"], int, "text_tokens") if "text_tokens" in entry else None,
     )
 
 

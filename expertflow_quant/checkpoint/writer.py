@@ -26,7 +26,8 @@ manifest.json::
                  "file", "sha256", "nbytes",
                  "shape": {"hidden", "intermediate", "has_gate", "has_bias"},
                  "experts": [{"format": "int4-g32", "input_scale": bool, "nbytes",
-                              "tokens", "coverage": "routed"|"closest"|"few"|"none", "error"}]}],
+                              "tokens", "text_tokens" if counted,
+                              "coverage": "routed"|"closest"|"few"|"none", "error"}]}],
      "backbone": [{"file", "sha256", "nbytes"}], "files": [the other files, alike],
      "made": {method, plan, calibration, options, versions of the packages}}
 

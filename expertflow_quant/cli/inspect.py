@@ -10,6 +10,7 @@ from rich.console import Console
 from expertflow_quant.checkpoint.manifest import Manifest
 from expertflow_quant.checkpoint.reader import CheckpointReader
 from expertflow_quant.cli.tables import (
+    coverage_table,
     error_note,
     format_table,
     is_calibrated,
@@ -38,6 +39,8 @@ def inspect(checkpoint: Checkpoint, as_json: AsJson = False) -> None:
     console = Console()
     console.print(layer_table(manifest))
     console.print(format_table(manifest))
+    if (covered := coverage_table(manifest)) is not None:
+        console.print(covered)
     console.print(error_note(manifest), highlight=False)
     if (note := rare_note(manifest)) is not None:
         console.print(note, style="yellow", highlight=False)

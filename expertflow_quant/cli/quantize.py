@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.text import Text
 
 from expertflow_quant.checkpoint.plan import Plan
-from expertflow_quant.cli.tables import error_note, layer_table, rare_note, size
+from expertflow_quant.cli.tables import coverage_table, error_note, layer_table, rare_note, size
 from expertflow_quant.formats.errors import ExpertFlowError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ Samples = Annotated[
     Path | None, typer.Option(help="Calibration items: a folder or parquet; generated ones by default.")
 ]
 NumSamples = Annotated[int, typer.Option(min=1, help="How many calibration items are used.")]
+Pool = Annotated[
+    int | None, typer.Option(min=1, help="Choose them from so many, to reach rare experts [take the first ones].")
+]
 Seed = Annotated[int, typer.Option(help="Of the generated calibration items.")]
 TextShare = Annotated[
     float | None, typer.Option(help="Text tokens' part of the weight beside image tokens [0.9]; 0: by their number.")
@@ -65,6 +68,7 @@ def quantize(
     plan: PlanFile = None,
     samples: Samples = None,
     num_samples: NumSamples = 128,
+    pool: Pool = None,
     seed: Seed = 0,
     text_share: TextShare = None,
     scales: Scales = "absmax",
@@ -82,6 +86,11 @@ def quantize(
     check_method(method)
     options = MethodOptions(scales=scales)  # type: ignore[arg-type]  # checked there
     calibrates = method != "rtn" or samples is not None
+
+    def chosen_samples() -> "list[CalibrationSample]":
+        found = _samples(samples, pool or num_samples, seed)
+        return found if pool is None else _balanced(model, found, num_samples, device)
+
     try:
         with _progress(console) as bar:
             task = bar.add_task("reading", total=None)
@@ -90,7 +99,7 @@ def quantize(
                 out,
                 method=method,
                 plan=chosen,
-                samples=_samples(samples, num_samples, seed) if calibrates else None,
+                samples=chosen_samples() if calibrates else None,
                 options=options,
                 observe=_observe(text_share) if calibrates else None,
                 device=pick_device(device),
@@ -142,9 +151,19 @@ def _samples(path: Path | None, count: int, seed: int) -> "list[CalibrationSampl
     return generated_samples(count, seed) if path is None else load_samples(path, count)
 
 
+def _balanced(model: Path, pool: "list[CalibrationSample]", wanted: int, device: str) -> "list[CalibrationSample]":
+    from expertflow_quant.models.device import pick_device
+    from expertflow_quant.pipeline.balance import balanced_samples
+    from expertflow_quant.pipeline.stream import ModelStream
+
+    return balanced_samples(ModelStream(model), pool, wanted, pick_device(device))
+
+
 def _show(report: "QuantizeReport") -> None:
     console = Console()
     console.print(layer_table(report.manifest))
+    if (covered := coverage_table(report.manifest)) is not None:
+        console.print(covered)
     console.print(error_note(report.manifest), highlight=False)
     if (note := rare_note(report.manifest)) is not None:
         console.print(note, style="yellow", highlight=False)

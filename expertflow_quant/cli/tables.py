@@ -96,6 +96,28 @@ def rare_note(manifest: Manifest) -> str | None:
     )
 
 
+def coverage_table(manifest: Manifest) -> Table | None:
+    """Per MoE layer the calibration tokens of its experts by modality: the least, the middle and the most of an expert,
+    and experts that saw none; None where they were not counted."""
+    every = [[expert for expert in layer.experts if expert.text_tokens is not None] for layer in manifest.layers]
+    if not is_calibrated(manifest) or not any(every):
+        return None
+    table = _table("calibration tokens of an expert", "layer")
+    for name in ("image", "text"):
+        table.add_column(f"{name}: least / median / most (experts with none)", justify="right")
+    for index, experts in enumerate(every):
+        text = [expert.text_tokens or 0 for expert in experts]
+        image = [expert.tokens - (expert.text_tokens or 0) for expert in experts]
+        table.add_row(str(index), _spread(image) if any(image) else "-", _spread(text))
+    return table
+
+
+def _spread(counts: Sequence[int]) -> str:
+    ordered, none = sorted(counts), sum(not count for count in counts)
+    shown = f"{ordered[0]} / {ordered[len(ordered) // 2]} / {ordered[-1]}" if ordered else "-"
+    return f"{shown} ({none})" if none else shown
+
+
 def _figures(layers: Sequence[LayerEntry], manifest: Manifest) -> list[str]:
     experts = [expert for layer in layers for expert in layer.experts]
     nbytes = sum(expert.nbytes for expert in experts)

@@ -10,7 +10,7 @@ threads or free memory, so neither do the bytes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import get_args
 
 import torch
@@ -182,12 +182,10 @@ class LayerQuantizer:
         rows = job.rows
         has_rows = rows is not None and len(rows.weights) > 0
         error = self._output_error(job, runs) if has_rows else _weight_error(job.weights, runs)
-        tokens, coverage = (rows.tokens, rows.coverage) if rows is not None else (0, "none")
-        return (
-            job.expert,
-            ExpertEntry(job.format, layout.input_scale, layout.nbytes, tokens, coverage, float(f"{error:.6g}")),
-            record,
-        )
+        entry = ExpertEntry(job.format, layout.input_scale, layout.nbytes, error=float(f"{error:.6g}"))
+        if rows is not None:
+            entry = replace(entry, tokens=rows.tokens, coverage=rows.coverage, text_tokens=rows.text_tokens)
+        return job.expert, entry, record
 
     def _output_error(self, job: Job, runs: ExpertWeights) -> float:
         """Of the record as it will run, over its rows, each weighed: ``|w (y_q - y)| / |w y|``."""

@@ -48,12 +48,13 @@ class ObserveOptions:
 class ExpertRows:
     """One expert's calibration rows: inputs ``[N, H]``, weights float32 ``[N]`` (they multiply its output's
     error), ``tokens`` routed to it, and ``coverage``: "routed", "closest" (rows beyond those tokens) or
-    "none" (N is 0)."""
+    "none" (N is 0). ``text_tokens``: those of the routed tokens that are text."""
 
     inputs: Tensor
     weights: Tensor
     tokens: int
     coverage: str
+    text_tokens: int | None = None
 
     def thinned(self, limit: int) -> "ExpertRows":
         """At most ``limit`` rows, evenly spaced."""
@@ -61,7 +62,7 @@ class ExpertRows:
         if count <= limit:
             return self
         kept = torch.linspace(0, count - 1, limit, dtype=torch.float64, device=self.inputs.device).round().long()
-        return ExpertRows(self.inputs[kept], self.weights[kept], self.tokens, self.coverage)
+        return replace(self, inputs=self.inputs[kept], weights=self.weights[kept])
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class ObservedLayer:
 
     ``hidden [T, H]``, chosen ``index [T, k]``, ``affinity [T, k]``, router ``scores [T, E]`` (None where the
     router could not be watched), ``importance [T]`` float32 (modality weight, mean 1). ``used`` is told how many bytes
-    of ``hidden`` were read, which may lie on disk.
+    of ``hidden`` were read, which may lie on disk. ``text`` bool [T]: the tokens that are text; None where that is not
+    known.
     """
 
     layer: MoELayer
@@ -81,6 +83,7 @@ class ObservedLayer:
     importance: Tensor
     min_tokens: int
     used: Callable[[int], None] = lambda nbytes: None
+    text: Tensor | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -91,6 +94,7 @@ class ObservedLayer:
         """The calibration rows of one expert: its own tokens, then, if these are few, the closest others."""
         places = self._places[expert]
         tokens = places // max(self.index.shape[1], 1)
+        text = None if self.text is None else int(self.text.to(tokens.device)[tokens].sum())
         affinity = self.affinity.reshape(-1)[places].float()
         enough = len(places) >= max(self.min_tokens, 1)
         coverage = "routed" if enough else "few" if len(places) else "none"
@@ -101,7 +105,7 @@ class ObservedLayer:
         weights = affinity * self.importance[tokens].sqrt()
         inputs = self.hidden[tokens]
         self.used(inputs.nbytes)
-        return ExpertRows(inputs, weights, len(places), coverage)
+        return ExpertRows(inputs, weights, len(places), coverage, text)
 
     @cached_property
     def _places(self) -> Sequence[Tensor]:
@@ -168,16 +172,17 @@ class Gathered:
         affinity = _joined([call.top_k_weights for call in calls], hidden.new_zeros(0, layer.top_k))
         scores = [call.scores for call in calls if call.scores is not None]
         watched = [len(part) for part in scores] == [len(call.top_k_index) for call in calls]
-        importance = _importance(_joined(self._text, torch.zeros(0, dtype=torch.bool)), self._options.text_share)
+        text = _joined(self._text, torch.zeros(0, dtype=torch.bool))
         return ObservedLayer(
             layer,
             hidden,
             index,
             affinity,
             torch.cat(scores).float() if watched and scores else None,
-            importance.to(index.device),
+            _importance(text, self._options.text_share).to(index.device),
             self._options.min_tokens,
             used or (lambda nbytes: None),
+            text,
         )
 
     def _put(self, hidden: Tensor) -> Tensor:

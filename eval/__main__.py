@@ -21,6 +21,7 @@ from eval.curves.command import curves
 from eval.harness.command import lmms
 from eval.judge import Judgement, System, judge
 from eval.plans.command import plans
+from eval.peers.command import peers
 from eval.plots import judgement_figure, save
 from eval.predict.command import predict
 from eval.provenance import provenance
@@ -62,6 +63,7 @@ app.command()(schedule)
 app.command()(policies)
 app.command()(plans)
 app.command()(quantize_speed)
+app.command()(peers)
 app.command()(curves)
 app.command()(lmms)
 app.command()(run)

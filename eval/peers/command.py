@@ -11,6 +11,8 @@ from rich.table import Table
 
 from eval.peers.compare import CASES, TOLERANCE, compare, summary
 from eval.peers.experts import trained_experts
+from eval.peers.plots import peers_figure
+from eval.plots import save
 from eval.provenance import provenance
 from eval.report import cells_table, make_console, write_json
 from expertflow_quant.formats import ExpertFlowError
@@ -24,7 +26,7 @@ PACKAGES = {
 
 def peers(
     model: Annotated[Path, typer.Argument(help="a mixture of experts in full precision")],
-    out: Annotated[Path, typer.Option(help="results file")],
+    out: Annotated[Path, typer.Option(help="results file; a plot of the same name goes beside it")],
     gptqmodel: Annotated[Path | None, typer.Option(help="python of an environment with gptqmodel")] = None,
     llmcompressor: Annotated[Path | None, typer.Option(help="python of an environment with llmcompressor")] = None,
     layers: Annotated[list[int] | None, typer.Option(help="whose experts; default: first, middle, last")] = None,
@@ -51,8 +53,9 @@ def peers(
     settings["cases"] = [case.name for case in CASES]
     made = provenance("eval", sys.argv[1:], "cpu")
     write_json(out, {"made": made, "settings": settings, "summary": rows, "experts": entries})
+    save(peers_figure(rows), out.with_suffix(".png"))
     console.print(peers_table(rows))
-    console.print(f"results: {out}", highlight=False)
+    console.print(f"results and plot: {out}, {out.with_suffix('.png')}", highlight=False)
     if not all(row["passed"] for row in rows):
         raise typer.Exit(1)
 

@@ -75,7 +75,7 @@ def trained_experts(model: Path, layers: list[int], conversations: int, most: in
 
 
 def write_llama(expert: Expert, folder: Path) -> None:
-    """The model folder that holds ``expert``, with a tokenizer whose words are the numbers of the samples."""
+    """The model folder that holds ``expert``, with a tokenizer, which packages want to find."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

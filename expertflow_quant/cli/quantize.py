@@ -36,7 +36,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the checkpo
 Method = Annotated[str, typer.Option(help="awq or gptq, which calibrate, or rtn: rounding to nearest.")]
 FormatName = Annotated[
     str | None,
-    typer.Option("--format", help="int2, int3, int4 or int8 with -g32 (any dividing size) or -channel; bf16."),
+    typer.Option("--format", help="int2, int3, int4 or int8 with -g32 (any dividing size) or -channel; nf4-g64; bf16."),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="JSON with a format per expert, instead of --format.")]
 Samples = Annotated[

@@ -39,8 +39,8 @@ def comparisons_table(comparisons: Sequence[Comparison], tasks: Sequence[Task]) 
             [
                 f"{comparison.system} - {comparison.baseline}",
                 titles[comparison.task],
-                points(d.mean),
-                f"{points(d.lower)} .. {points(d.upper)}",
+                fine_points(d.mean),
+                f"{fine_points(d.lower)} .. {fine_points(d.upper)}",
                 f"{d.better} / {d.worse}",
                 f"{100 * comparison.margin:g}",
                 f"[{COLORS[comparison.verdict]}]{comparison.verdict}",
@@ -145,8 +145,17 @@ def percent(share: float) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares in points, signed; a difference of zero has no sign."""
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
+    return _signed(difference, 1)
+
+
+def fine_points(difference: float) -> str:
+    """The same with two decimals, for what is held against a margin."""
+    return _signed(difference, 2)
+
+
+def _signed(difference: float, decimals: int) -> str:
+    text = f"{100 * difference:+.{decimals}f}"
+    return text if text.strip("+-0.") else text[1:]
 
 
 def mebibytes(nbytes: int) -> str:

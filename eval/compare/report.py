@@ -8,7 +8,7 @@ from eval.compare.changed import Card, Changed
 from eval.compare.sizes import Matching, Size, match
 from eval.comparison import Comparison, overall_verdict, pairs_of
 from eval.judge import Judgement
-from eval.report import mebibytes, percent, points, results_json, share_cell
+from eval.report import fine_points, mebibytes, percent, points, results_json, share_cell
 from eval.stats import INCONCLUSIVE
 from eval.tasks import Task
 
@@ -173,8 +173,8 @@ def difference_cells(report: Report) -> tuple[list[str], list[list[str]]]:
                 c.system,
                 c.baseline,
                 titles[c.task],
-                points(d.mean),
-                f"{points(d.lower)} .. {points(d.upper)}",
+                fine_points(d.mean),
+                f"{fine_points(d.lower)} .. {fine_points(d.upper)}",
                 f"{100 * d.standard_error:.2f}",
                 f"{d.better} / {d.worse}",
                 f"{d.mcnemar:.3f}",

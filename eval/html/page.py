@@ -24,7 +24,7 @@ from eval.comparison import DIMENSIONS, Comparison
 from eval.html.charts import Dot, Interval, Row, dots_by_group, intervals, scatter
 from eval.judge import Judgement
 from eval.records import ItemResult
-from eval.report import percent, points
+from eval.report import fine_points
 from eval.stats import INCONCLUSIVE, INFERIOR, PASSED
 from eval.tasks import Task
 
@@ -40,7 +40,7 @@ def page(report: Report) -> str:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"points": points, "percent": percent}
+    environment.filters |= {"points": fine_points}
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     style = (_HERE / "page.css").read_text(encoding="utf-8")
     colors = {judgement.system.label: index % COLORS for index, judgement in enumerate(report.judgements)}

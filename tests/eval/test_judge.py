@@ -17,7 +17,7 @@ from eval.judge import System, judge, load_judgement
 from eval.plots import comparison_figure, judgement_figure, save
 from eval.provenance import git_state, model_fingerprint, provenance
 from eval.records import ResultsError
-from eval.report import comparisons_table, mebibytes, points, systems_table
+from eval.report import comparisons_table, fine_points, mebibytes, points, systems_table
 from eval.tasks import generated_tasks
 
 TASKS = generated_tasks(16)
@@ -174,4 +174,5 @@ def test_numbers_for_people():
         "0.0",
         "0.0",
     ]
+    assert [fine_points(x) for x in (0.01, -0.00984, -0.00001)] == ["+1.00", "-0.98", "0.00"]
     assert (mebibytes(3 << 19), mebibytes(0)) == ("1.50", "-")

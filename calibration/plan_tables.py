@@ -35,7 +35,7 @@ def figures_table(figures: Sequence[PlanFigures], judged_on: str) -> Table:
     for plan in figures:
         table.add_row(
             plan.name,
-            f"{plan.damage:.4f}",
+            f"{plan.damage:.4g}",
             _change(plan.damage, first.damage),
             f"{plan.misses:.2f}",
             format_bytes(round(plan.missed_bytes)),

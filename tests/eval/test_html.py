@@ -5,11 +5,13 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from helpers.reports import MADE, NASTY, make_report
 
+from eval.compare.changed import Card
 from eval.compare.report import difference_cells, markdown, system_cells, verdict_cells
 from eval.html.charts import Dot, Interval, Row, dots_by_group, intervals, scatter
 from eval.html.page import numeric_columns, page
@@ -78,6 +80,21 @@ def test_texts_of_items_and_titles_are_escaped(text, report):
     whole = "".join(read.texts)
     assert whole.count(NASTY) >= sum(a.prediction == NASTY for q in report.changed for a in q.answers)
     assert NASTY not in text
+
+
+def test_hostile_golds_questions_kinds_labels_and_errors_are_escaped(report):
+    card = report.cards[0]
+    answer = replace(card.questions[0].answers[0], error=NASTY, label=NASTY)
+    hostile = replace(
+        card.questions[0], question=NASTY, gold=(NASTY, NASTY), kind=NASTY, split=NASTY, id=NASTY, answers=(answer,)
+    )
+    text = page(replace(report, cards=[Card(None, (hostile,))], settings={"odd": NASTY}))
+    assert NASTY not in text
+    read = Reader(text)
+    assert "".join(read.texts).count(NASTY) == 9 + 2  # these, and the title twice
+    (shown,) = [tag for tag in read.named("div") if tag.get("class") == "question"]
+    assert shown["data-id"] == NASTY
+    assert not [tag for tag, attributes in read.tags if any(name.startswith("on") for name in attributes)]
 
 
 def test_every_changed_item_has_its_card_answers_and_picture(text, report):

@@ -164,3 +164,9 @@ def _refuse_unknown(name: str, module: nn.Module) -> None:
 
 def _holds_weights(module: nn.Module) -> bool:
     return any(next(child.parameters(), None) is not None for child in module.children())
+
+
+def image_ids(config: Any) -> tuple[int, ...]:
+    """The token ids that stand for images; none for a model that reads text only."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return tuple(token for token in found if token is not None)

@@ -91,7 +91,7 @@ class PathForesight:
         return
 
     def _read(self, tokens: PassTokens) -> Chances:
-        model, items = self._predictor.model, [_item(self._predictor, tokens, row) for row in range(len(tokens.ids))]
+        model, items = self._predictor.model, [item_of(self._predictor, tokens, row) for row in range(len(tokens.ids))]
         with torch.no_grad():
             self._batch = batch_of(items, model.sizes)
             self._memory = model.read(self._batch)
@@ -104,7 +104,8 @@ def joined(logits: Tensor) -> Chances:
     return found
 
 
-def _item(predictor: PathPredictor, tokens: PassTokens, row: int) -> PathItem:
+def item_of(predictor: PathPredictor, tokens: PassTokens, row: int) -> PathItem:
+    """What ``predictor`` reads of one row of prompts. Raises ExpertFlowError where it lacks pictures."""
     real = tokens.real[row]
     image = tokens.image[row][real]
     kind = torch.where(image, PROMPT_IMAGE, PROMPT_TEXT)

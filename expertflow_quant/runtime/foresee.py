@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertflow_quant.models.seams import image_ids
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.foresight import Chances, Foresight, PassTokens
 from expertflow_quant.runtime.experts import NAME, attached
-from expertflow_quant.runtime.recorder import IMAGE_NAMES
 from expertflow_quant.runtime.watcher import router_weight
 
 SURE, LEAST = 0.9, 0.6
@@ -56,8 +56,7 @@ def foresee(model: Any, cache: ExpertCache, foresight: Foresight) -> None:
 class _Hooks:
     def __init__(self, model: Any, cache: ExpertCache, foresight: Foresight) -> None:
         self._cache, self._foresight = cache, foresight
-        found = [getattr(model.config, name, None) for name in IMAGE_NAMES]
-        self._image_ids = torch.tensor([token for token in found if token is not None], dtype=torch.int64)
+        self._image_ids = torch.tensor(image_ids(model.config), dtype=torch.int64)
         self._named: dict[str, Any] = {}
         self._chances: Chances = []
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.models.seams import image_ids
 from expertflow_quant.offload.policies.named import known
 from expertflow_quant.offload.predict_paths import PathItem, PathPredictor
 from expertflow_quant.offload.trace import PROMPT_IMAGE, PROMPT_TEXT
 from expertflow_quant.runtime.caching import has_predictor
 from expertflow_quant.runtime.engine import Engine
 from expertflow_quant.runtime.prompts import Message
-from expertflow_quant.runtime.recorder import IMAGE_NAMES
 from expertflow_quant.runtime.schedule import predicted_path, word_path
 
 SCHEDULES = ("auto", "paths", "words", "arrival")
@@ -30,8 +30,7 @@ class Foreteller:
             )
         self._engine, self._top_k, self._predictor = engine, top_k, predictor
         self.name = "words" if predictor is None else f"path ({predictor.name})"
-        found = [getattr(engine.model.config, name, None) for name in IMAGE_NAMES]
-        self._image_ids = torch.tensor([token for token in found if token is not None], dtype=torch.int64)
+        self._image_ids = torch.tensor(image_ids(engine.model.config), dtype=torch.int64)
 
     def __call__(self, messages: Sequence[Message]) -> Tensor:
         """bool [L, E], or [1, words]. Raises what ``Engine.generate`` raises of a conversation."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.models.seams import is_experts, num_experts
+from expertflow_quant.models.seams import image_ids, is_experts, num_experts
 from expertflow_quant.offload.stats import CacheStats
 from expertflow_quant.offload.trace import GENERATED, PROMPT_IMAGE, PROMPT_TEXT, RoutingTrace, expert_dtype
 from expertflow_quant.runtime.answers import Sampling
@@ -28,8 +28,6 @@ from expertflow_quant.runtime.experts import attached
 from expertflow_quant.runtime.plain import PlainRunner
 from expertflow_quant.runtime.prompts import Prompts
 from expertflow_quant.runtime.stream import Cancellable, TokenQueue
-
-IMAGE_NAMES = ("image_token_id", "image_token_index")
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,8 @@ class RecordingRunner:
     max_rows: int | None = 1
     prefill_tokens: int | None = None
 
-    def __init__(self, inner: PlainRunner, recorder: Recorder, image_ids: Sequence[int]) -> None:
-        self.inner, self.recorder, self._image_ids = inner, recorder, image_ids
+    def __init__(self, inner: PlainRunner, recorder: Recorder, images: Sequence[int]) -> None:
+        self.inner, self.recorder, self._image_ids = inner, recorder, images
         self.room = inner.room
 
     @property
@@ -158,9 +156,8 @@ def recording(engine: Engine, tasks: Sequence[str]) -> Iterator[Recorder]:
             f"{type(engine.model).__name__} has no experts module, so there are no routes: give a Mixture-of-Experts "
             "model"
         )
-    found = [getattr(engine.model.config, name, None) for name in IMAGE_NAMES]
     recorder = Recorder(tasks, modules)
-    engine.runner = RecordingRunner(runner, recorder, [token for token in found if token is not None])
+    engine.runner = RecordingRunner(runner, recorder, image_ids(engine.model.config))
     try:
         yield recorder
     finally:
@@ -189,12 +186,12 @@ def _noting(calls: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Any:
 
 
 def _item(
-    prompts: Prompts, answer: Sequence[int], calls: Sequence[Sequence[tuple[Tensor, Tensor]]], image_ids: Sequence[int]
+    prompts: Prompts, answer: Sequence[int], calls: Sequence[Sequence[tuple[Tensor, Tensor]]], images: Sequence[int]
 ) -> RecordedItem:
     """The answer's last token was not fed back, so it has no routes."""
     prompt = prompts.inputs["input_ids"][0].cpu()
     fed = torch.tensor(answer[:-1], dtype=prompt.dtype)
-    is_image = torch.isin(prompt, torch.tensor(image_ids, dtype=prompt.dtype))
+    is_image = torch.isin(prompt, torch.tensor(images, dtype=prompt.dtype))
     kind = torch.cat([torch.where(is_image, PROMPT_IMAGE, PROMPT_TEXT), torch.full_like(fed, GENERATED)])
     tokens = [sum(len(index) for index, _ in layer) for layer in calls]
     widths = {index.shape[1] for layer in calls for index, _ in layer}

@@ -42,12 +42,14 @@ class DecodePass:
         resident: ResidentExperts,
         overflow: OverflowRoom,
         gates: Sequence[Gate],
+        tokens: Tensor,
         active: Tensor,
         rows: int,
         routes: Routes | None = None,
         ahead: LookAhead | None = None,
     ) -> None:
         self._kv, self._resident, self._overflow, self._gates = kv, resident, overflow, gates
+        self._tokens = tokens[:rows]
         self._active, self._rows, self._routes, self._ahead = active[:rows], rows, routes, ahead
         layers = zip(resident.store.layers, resident.plan, strict=True)
         self._overflows = [may_overflow(records, pools, rows) for records, pools in layers]
@@ -60,6 +62,7 @@ class DecodePass:
         self._filled.clear()
         self._forked.clear()
         if self._ahead is not None:
+            self._foretell(self._ahead)
             for layer in range(min(self._ahead.distance, len(self._gates))):
                 self._prefetch(layer, None)
 
@@ -101,6 +104,18 @@ class DecodePass:
         blocks = plan_blocks(ids, module.num_experts, BLOCK_TOKENS)
         grouped_rows(hidden, blocks, *where, rows)
         return combine(rows, ids, weights, module.num_experts)
+
+    def _foretell(self, ahead: LookAhead) -> None:
+        if ahead.foretold is None or all(map(self._resident.all_resident, range(len(self._gates)))):
+            return
+        if ahead.streams is None:
+            ahead.foretold.begin(self._tokens, self._active)
+            return
+        choosing, _ = ahead.streams
+        choosing.wait_stream(torch.cuda.current_stream())
+        self._forked.add(choosing)
+        with torch.cuda.stream(choosing):
+            ahead.foretold.begin(self._tokens, self._active)
 
     def _prefetch(self, layer: int, hidden: Tensor | None) -> None:
         ahead = self._ahead
@@ -219,12 +234,13 @@ class DecodeGraphs:
         self._passes: dict[int, DecodePass | StreamedDecodePass] = {
             bucket: StreamedDecodePass(kv, streamed, gates, self.active, bucket, routes)
             if overflows(layers, resident.plan, bucket, overflow.places)
-            else DecodePass(kv, resident, overflow, gates, self.active, bucket, routes, ahead)
+            else DecodePass(kv, resident, overflow, gates, self.tokens, self.active, bucket, routes, ahead)
             for bucket in self.buckets
         }
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._compile = compile_layers
+        self.foretold = None if ahead is None else ahead.foretold
         self.uncounted_hits = 0
         """Experts used by single rows in layers that are resident for good, where no kernel runs that could count."""
         whole = (layer.top_k for index, layer in enumerate(layers) if resident.all_resident(index))

@@ -13,6 +13,7 @@ from torch.nn import functional
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import fits_topk, small_topk
 from expertflow_quant.models.seams import find_router
+from expertflow_quant.runtime.fast.foretold import Foretold
 from expertflow_quant.runtime.fast.probe import FastPathError
 
 Guess = Callable[[int, Tensor | None], Tensor | None]
@@ -23,12 +24,13 @@ are not looked at, None is no guess. Runs on a side stream of a captured step.""
 
 class LookAhead:
     """Guesses for MoE layer ``l`` are made when layer ``l - distance`` has its hidden states, for the first
-    ``distance`` layers when the step begins."""
+    ``distance`` layers when the step begins. ``foretold``: reads prompts, and makes the guesses of a step as it
+    begins."""
 
-    def __init__(self, guess: Guess, distance: int, device: torch.device) -> None:
+    def __init__(self, guess: Guess, distance: int, device: torch.device, foretold: Foretold | None = None) -> None:
         if distance < 1:
             raise ExpertFlowError(f"a look-ahead of {distance} layers: it must be at least 1")
-        self.guess, self.distance = guess, distance
+        self.guess, self.distance, self.foretold = guess, distance, foretold
         # apart, so that the next layer's slots are chosen while the link is busy with this one's records
         self.streams = _two_streams(device) if device.type == "cuda" else None
 

@@ -1,6 +1,7 @@
 """The fast runner: prompts in streamed passes, then steps of a captured graph until every answer has ended."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -127,16 +128,40 @@ class FastRunner:
         the_pass = PrefillPass(
             self.kv, self.streamed, self._findings.gates, rows, prompts.prompt_tokens, valid, self._routes
         )
+        foretold = self.graphs.foretold
         self.streamed.begin(sum(prompts.prompt_tokens))
-        with passes.running(the_pass), self.graphs.compiled(None):
+        with (
+            passes.running(the_pass),
+            self.graphs.compiled(None),
+            _embeddings(self.model, foretold is not None and foretold.looks_at_pictures) as embeddings,
+        ):
             positions = positions_of(self.model, inputs)
             outputs = self.model(
                 **inputs, position_ids=positions, past_key_values=PassThrough(), use_cache=True, logits_to_keep=1
             )
+        if foretold is not None:
+            foretold.read(first, prompts.inputs, *embeddings)
         self.graphs.positions[..., first : first + len(prompts), :] = positions[..., -1:] + 1
         counts = torch.tensor(prompts.prompt_tokens, dtype=torch.int32)
         self.kv.lengths[first : first + len(prompts)] = counts.to(self.device)
         return outputs.logits[:, -1]
+
+
+@contextmanager
+def _embeddings(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
+    """What the language model is given while this lasts, if it is ``wanted``."""
+    found: list[Tensor] = []
+
+    def note(module: Any, args: Any, named: dict[str, Any]) -> None:
+        if isinstance(given := named.get("inputs_embeds"), Tensor):
+            found.append(given)
+
+    hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True) if wanted else None
+    try:
+        yield found
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 class _Answers:

@@ -9,10 +9,12 @@ import torch
 
 from expertflow_quant.kernels import ATTENTION_PROGRAMS
 from expertflow_quant.models.seams import model_class
+from expertflow_quant.offload.predict_paths import PathPredictor
 from expertflow_quant.offload.slots import LayerRecords
 from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime import layer_product
-from expertflow_quant.runtime.fast.build import FastOptions, share_expert_memory
+from expertflow_quant.runtime.fast.build import NEXT_GATE, OFF, FastOptions, share_expert_memory
+from expertflow_quant.runtime.fast.foretold import Foretold
 from expertflow_quant.runtime.fast.prefill import QUERIES
 from expertflow_quant.runtime.memory import MemoryPlan, Needs, plan_memory
 from expertflow_quant.runtime.memory_needs import TextSizes, backbone_bytes, kv_bytes_per_token, prefill_bytes
@@ -68,12 +70,22 @@ def fast_needs(
         rows=options.buckets[-1],
         context=options.room,
         prefill_bytes=max(scratch, TUNING_BYTES),
-        graph_bytes=graph_bytes(config, store.layers, options.buckets, dtype),
+        graph_bytes=graph_bytes(config, store.layers, options.buckets, dtype) + foretold_bytes(options),
         staging_bytes=largest,
         expert_bytes=store.nbytes,
         # with one record staged that makes two, the fewest that are streamed; a model of two has all or none
         minimum_expert_bytes=largest if store.nbytes > 2 * largest else store.nbytes,
     )
+
+
+def foretold_bytes(options: FastOptions) -> int:
+    """What a trained predictor takes beside the steps that it looks ahead in, reading prompts included."""
+    if options.look_ahead in (OFF, NEXT_GATE):
+        return 0
+    sizes, (tokens, prompts) = PathPredictor.load(options.look_ahead).model.sizes, longest_pass(options)
+    scores = prompts * sizes.heads * options.room**2  # at once where nothing fuses the encoder's attention
+    states = tokens * (8 * sizes.width + sizes.inner)
+    return Foretold.nbytes(sizes, options.buckets[-1], options.room) + 4 * (states + scores)
 
 
 def graph_bytes(config: Any, layers: Sequence[LayerRecords], buckets: Sequence[int], dtype: torch.dtype) -> int:

@@ -256,5 +256,7 @@ def test_batch_sizes_that_are_captured():
     assert FastOptions(rows=3).buckets == (1, 2, 4)
     assert FastOptions(rows=3, captured=(16, 2)).buckets == (2, 16)
     for rows, captured in ((3, (1, 2)), (3, (5,)), (1, ())):
-        with pytest.raises(ExpertFlowError, match=r"give some of \(1, 2, 4, 8, 16, 32\), one of them at least the rows"):
+        with pytest.raises(
+            ExpertFlowError, match=r"give some of \(1, 2, 4, 8, 16, 32\), one of them at least the rows"
+        ):
             FastOptions(rows=rows, captured=captured)

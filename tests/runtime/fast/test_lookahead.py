@@ -98,7 +98,7 @@ def test_side_streams_join_if_they_had_work(memory, folder_of, monkeypatch):
 
 
 def test_bad_settings_are_refused(folder_of):
-    with pytest.raises(ExpertFlowError, match="look_ahead 'far' is not known: use 'off' or 'next-gate'"):
+    with pytest.raises(ExpertFlowError, match="look_ahead 'far' is not known: use 'off', 'next-gate' or the folder"):
         FastOptions(look_ahead="far")
     with pytest.raises(ExpertFlowError, match="at least 1"):
         LookAhead(lambda layer, hidden: None, 0, torch.device("cpu"))

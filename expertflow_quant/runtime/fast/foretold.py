@@ -151,5 +151,8 @@ def _joined(attention: Any, query: Tensor, kept: Tensor, seen: Tensor) -> Tensor
 
 
 def _moved(batch: PathBatch, device: torch.device) -> PathBatch:
-    parts: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: None if part is None else part.to(device) for name, part in parts.items()})
+    moved: dict[str, Any] = {}
+    for field in fields(batch):
+        part = getattr(batch, field.name)
+        moved[field.name] = None if part is None else part.to(device)
+    return replace(batch, **moved)

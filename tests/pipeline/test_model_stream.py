@@ -1,5 +1,6 @@
 """Streamed weights equal what from_pretrained loads, for every layout that checkpoints come in."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,42 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     gone.unlink()
     with pytest.raises(CheckpointError, match=gone.name):
         ModelStream(folder)
+
+
+def test_unreadable_shard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ModelStream(save_random(qwen3_moe(), tmp_path))
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(
+            CheckpointError, match=r"experts\.5\.gate_proj\.weight from .*model\.safetensors: Input/output"
+        ):
+            stream.expert(1, 5)
+    assert stream.expert(1, 5).gate_up.shape == (64, 48)
+
+
+def test_rows_of_a_tensor(tmp_path: Path) -> None:
+    stream = ModelStream(save_random(qwen3_moe(), tmp_path))
+    table = stream.parameter("model.embed_tokens.weight")
+    assert torch.equal(stream.rows("model.embed_tokens.weight", [5, 0, 95]), table[[5, 0, 95]])
+    with pytest.raises(CheckpointError, match="96 entries, not one 96"):
+        stream.rows("model.embed_tokens.weight", [96])
+
+
+def test_held_experts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ModelStream(save_random(qwen3_moe(), tmp_path))
+    wanted = stream.expert(1, 2)
+    stream.hold([1])
+    with monkeypatch.context() as patched:
+        patched.setattr(stream.shards, "read", lambda *args: pytest.fail("read again"))
+        assert torch.equal(stream.expert(1, 2).gate_up, wanted.gate_up)
+        with pytest.raises(pytest.fail.Exception):
+            stream.expert(0, 2)
+    stream.hold([])
+    assert torch.equal(stream.expert(1, 2).down, wanted.down)
 
 
 def test_truncated_shard_is_named(tmp_path: Path) -> None:

@@ -156,14 +156,14 @@ def test_kept_observations_run_the_model_once(tmp_path: Path) -> None:
 def test_results_do_not_depend_on_threads(tmp_path: Path) -> None:
     stream = ModelStream(save_model("qwen3_moe", tmp_path))
     data = CalibrationData.from_batches([tiny.model_inputs("qwen3_moe", seed=seed) for seed in range(5)])
-    single = [layer.hidden for layer in Observations(stream, data).layers()]
+    single = [layer.hidden.clone() for layer in Observations(stream, data).layers()]
     torch.set_num_threads(3)
     try:
-        threaded = [layer.hidden for layer in Observations(stream, data).layers()]
+        threaded = [layer.hidden.clone() for layer in Observations(stream, data).layers()]
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
-    assert torch.equal(single[0], threaded[0])
+    assert all(torch.equal(a, b) for a, b in zip(single, threaded, strict=True))
 
 
 def test_stopping_early_ends_all_forwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

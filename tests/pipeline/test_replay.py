@@ -137,7 +137,7 @@ def test_models_that_are_made_in_other_ways(kind: str, tmp_path: Path) -> None:
     assert_as_the_plain_model(list(observations(tmp_path, family).layers()), tmp_path, family)
 
 
-def forward_with(shared: bool, sums: bool) -> Any:
+def forward_with(shared: bool, sums: bool, masked: bool = False) -> Any:
     """A model's forward whose blocks share a dict, or read the sum of all blocks before them."""
 
     def forward(self: Any, input_ids: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
@@ -145,6 +145,7 @@ def forward_with(shared: bool, sums: bool) -> Any:
         places = torch.arange(input_ids.shape[1])[None]
         embeddings, outputs = self.rotary_emb(hidden, places), [torch.zeros_like(hidden)]
         given: dict[str, Any] = {"shared": {}} if shared else {}
+        given["attention_mask"] = torch.full((len(places[0]),) * 2, -torch.inf).triu(1)[None, None] if masked else None
         for number, layer in enumerate(self.layers):
             if shared and number > 1:
                 given["shared"]["of a block"] = hidden
@@ -172,7 +173,8 @@ def test_blocks_that_cannot_run_apart_meet_in_memory(
 
 
 def test_a_plain_chain_of_blocks_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixtral.MixtralModel, "forward", forward_with(False, False))
+    """A mask may hold minus infinity."""
+    monkeypatch.setattr(mixtral.MixtralModel, "forward", forward_with(False, False, masked=True))
     folder = save_model("mixtral", tmp_path)
     assert_as_the_plain_model(list(observations(folder, "mixtral").layers()), folder, "mixtral")
 

@@ -56,7 +56,7 @@ def peers(
     save(peers_figure(rows), out.with_suffix(".png"))
     console.print(peers_table(rows))
     console.print(f"results and plot: {out}, {out.with_suffix('.png')}", highlight=False)
-    if not all(row["passed"] for row in rows):
+    if any(row["passed"] is False for row in rows):
         raise typer.Exit(1)
 
 

@@ -59,12 +59,13 @@ FORMATS = ("int8-g32", "int4-g32", "int3-g32")
 def test_a_summary_says_who_is_above_whom():
     pairs = ([("ours", 0.1), ("peer", 0.1)], [("ours", 0.3), ("peer", 0.28)])
     errors = [{who: {"samples": error, "unseen": 2 * error} for who, error in pair} for pair in pairs]
-    entries = [{"case": "a", "format": "int4-g32", "errors": each} for each in errors]
+    entries = [{"case": "a", "format": "int4-g32", "alike": True, "errors": each} for each in errors]
     (row,) = summary(entries)
     assert row["samples"]["error"] == {"ours": pytest.approx(0.2), "peer": pytest.approx(0.19)}
     assert row["unseen"]["above"]["peer"] == pytest.approx(0.2 / 0.19 - 1)
-    assert not row["passed"]
-    assert summary(entries[:1])[0]["passed"]
+    assert row["passed"] is False
+    assert summary(entries[:1])[0]["passed"] is True
+    assert summary([{**entry, "alike": False} for entry in entries])[0]["passed"] is None
 
 
 def test_every_case_is_for_somebody_and_a_missing_package_is_named(tmp_path):

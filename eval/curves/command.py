@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from eval.plots import save
 from eval.pool import ROOT, library_command
 from eval.provenance import model_fingerprint, provenance, short_path
 from eval.report import cells_table, make_console, write_json
-from eval.runner import progress_bar
+from eval.runner import batches, progress_bar
 from eval.tasks import Task, generated_tasks
 from expertflow_quant.checkpoint.reader import CheckpointReader
 from expertflow_quant.formats import ExpertFlowError
@@ -57,31 +58,14 @@ def curves(
         for name in methods:
             for step in bank.make(name, samples, bits):
                 console.print(step, style="dim", highlight=False)
-        with _bar(console, "full precision", items) as advance:
-            own = Self(model, tasks, batch_size, advance)
-        self_scores = [own.score(number) for number in range(len(own.answers))]
         points = [point for name in methods for point in bank.points(name, bits)]
-        measured = {point.name: _point(own, bank, point, settings, console) for point in points}
-        floor = _floor(own, model, tasks, settings, folder, console)
-        twin = _dense(dense, tasks, batch_size, folder, console) if dense else None
-        proof = _proof(own, bank, points, tasks, batch_size, console) if prove else None
+        found = _measure_all(bank, points, tasks, settings, dense, prove, console)
     except (ExpertFlowError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    images = [item.image_key for task in tasks for item in task.items]
-    results = {
-        "made": provenance("eval", sys.argv[1:], "cpu"),
-        "settings": settings | {"answer_tokens": sum(measured[points[0].name].tokens)},
-        "self": {"tasks": accuracy(tasks, self_scores, self_scores)},
-        "dense": {"tasks": accuracy(tasks, twin, self_scores)} if twin else None,
-        "noise_floor": {"batch_size": batch_size // 2, **_figures(floor, tasks, images, self_scores)},
-        "text_share": {name: bank.text_shares(name) for name in methods},
-        "points": [
-            _described(bank, point) | _figures(measured[point.name], tasks, images, self_scores) for point in points
-        ],
-        "comparisons": _comparisons(points, measured, tasks, twin),
-        "proof": proof,
-    }
+    shares = {"text_share": {name: bank.text_shares(name) for name in methods}}
+    results = {"made": provenance("eval", sys.argv[1:], "cpu"), "settings": settings} | shares
+    results |= _results(bank, points, found, tasks, batch_size)
     write_json(out, results)
     plot = out.with_suffix(".png")
     save(curves_figure(results), plot)
@@ -89,11 +73,54 @@ def curves(
     console.print(f"{short_path(out)}, {short_path(plot)}", highlight=False)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """Scores of the full-precision self and of the dense twin; the points' and the noise floor's items; the proof."""
+
+    own: list[float]
+    points: dict[str, Scored]
+    floor: Scored
+    twin: list[float] | None
+    proof: dict[str, Any] | None
+
+
+def _measure_all(
+    bank: Bank, points: Sequence[Point], tasks: Sequence[Task], settings: dict[str, Any], dense: Path | None,
+    prove: bool, console: Console,
+) -> _Found:  # fmt: skip
+    size, items = settings["batch_size"], sum(len(task.items) for task in tasks)
+    with _bar(console, "full precision", items) as advance:
+        own = Self(bank.model, tasks, size, advance)
+    return _Found(
+        [own.score(number) for number in range(items)],
+        {point.name: _point(own, bank, point, settings, console) for point in points},
+        _floor(own, bank, tasks, settings, console),
+        _dense(dense, tasks, size, bank.folder, console) if dense else None,
+        _proof(own, bank, points, tasks, size, console) if prove else None,
+    )
+
+
+def _results(
+    bank: Bank, points: Sequence[Point], found: _Found, tasks: Sequence[Task], batch_size: int
+) -> dict[str, Any]:
+    images = [item.image_key for task in tasks for item in task.items]
+    return {
+        "self": {"tasks": accuracy(tasks, found.own, found.own)},
+        "dense": {"tasks": accuracy(tasks, found.twin, found.own)} if found.twin else None,
+        "noise_floor": {"batch_size": batch_size // 2, **_figures(found.floor, tasks, images, found.own)},
+        "points": [
+            _described(bank, point) | _figures(found.points[point.name], tasks, images, found.own) for point in points
+        ],
+        "comparisons": _comparisons(points, found.points, tasks, found.twin),
+        "proof": found.proof,
+    }
+
+
 @contextmanager
 def _bar(console: Console, name: str, items: int) -> Iterator[Callable[[int], None]]:
-    """Items of both tasks, a second, and the time left."""
+    """Items, items a second, and the time left."""
     with progress_bar(console) as bar:
-        row = bar.add_task(name, total=2 * items)
+        row = bar.add_task(name, total=items)
         yield lambda count: bar.advance(row, count)
 
 
@@ -101,19 +128,20 @@ def _point(own: Self, bank: Bank, point: Point, settings: dict[str, Any], consol
     path = bank.folder / "points" / f"{point.name}.json"
     known = settings | {"plan": point.plan.to_json()}
     if (found := Scored.load(path, known)) is None:
-        with _bar(console, point.name, len(own.answers) // 2) as advance:
+        with _bar(console, point.name, len(own.answers)) as advance:
             found = own.measure(bank.experts(point), advance)
         found.save(path, known)
     return found
 
 
 def _floor(
-    own: Self, model: Path, tasks: Sequence[Task], settings: dict[str, Any], folder: Path, console: Console
-) -> Scored:
-    path, size = folder / "points" / "noise-floor.json", settings["batch_size"] // 2
+    own: Self, bank: Bank, tasks: Sequence[Task], settings: dict[str, Any], console: Console
+) -> Scored:  # fmt: skip
+    """Full precision against itself in batches of half the size."""
+    path, size = bank.folder / "points" / "noise-floor.json", settings["batch_size"] // 2
     if (found := Scored.load(path, settings)) is None:
-        with _bar(console, f"batches of {size}", len(own.answers) // 2) as advance:
-            found = own.against(Self(model, tasks, size, advance))
+        with _bar(console, f"batches of {size}", len(own.answers)) as advance:
+            found = own.against(Self(bank.model, tasks, size, advance))
         found.save(path, settings)
     return found
 
@@ -134,26 +162,27 @@ def _proof(
     run_command([*library_command(), "quantize", str(bank.model), str(out), "--method", point.method, "--plan",
                  str(bank.plan_file(point)), "--device", "cpu"])  # fmt: skip
     same, experts = bank.same_records(point, CheckpointReader(out))
-    asked = [(task, item) for task in tasks for item in list(task.items)[: PROVED_ITEMS // len(tasks)]]
+    few = [replace(task, items=list(task.items)[: PROVED_ITEMS // len(tasks)]) for task in tasks]
+    asked = list(batches(few, batch_size))
     real = expertflow_quant.load(out, expert_memory="100%", device="cpu")
     for place, weights in bank.experts(point).items():
         own.teacher.put(*place, weights)
-    answers: list[list[tuple[int, ...]]] = []
-    for engine in (real, own.engine):
-        given: list[tuple[int, ...]] = []
-        for task in tasks:
-            conversations = [item.messages for of, item in asked if of is task]
-            limit = next(item.max_new_tokens for of, item in asked if of is task)
-            for start in range(0, len(conversations), batch_size):
-                found = engine.generate(conversations[start : start + batch_size], max_new_tokens=limit)
-                given += [answer.token_ids for answer in found]
-        answers.append(given)
+    answers = [
+        [
+            answer.token_ids
+            for batch in asked
+            for answer in engine.generate(
+                [item.messages for item in batch.items], max_new_tokens=batch.items[0].max_new_tokens
+            )
+        ]
+        for engine in (real, own.engine)
+    ]
     own.teacher.restore()
     return {
         "point": point.name,
         "records": experts,
         "same_records": same,
-        "answers": len(asked),
+        "answers": len(answers[0]),
         "same_tokens": sum(a == b for a, b in zip(*answers, strict=True)),
     }
 

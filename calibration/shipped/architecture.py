@@ -1,4 +1,4 @@
-"""The two shipped models before training: a Qwen3-VL-MoE, its dense twin, and the processor that both share."""
+"""The shipped models before training: a Qwen3-VL-MoE, its dense twins, and the processor that all share."""
 
 import argparse
 import json
@@ -23,6 +23,7 @@ from expertflow_quant.samples import make_sheet
 from expertflow_quant.samples.canvas import SIZE
 from expertflow_quant.samples.item import SUFFIX
 
+KINDS = ("moe", "dense", "dense-total")
 PATCH = 8
 MERGE = 2
 VOCABULARY = 1280
@@ -124,7 +125,8 @@ def save_processor(processor: ImageProcessor, path: Path) -> None:
 
 
 def build_model(kind: str, processor: ImageProcessor) -> Any:
-    """A freshly initialised model: kind "moe" or "dense" (matched to the MoE's active parameters)."""
+    """A freshly initialised model of one of KINDS; "dense" has as many parameters as a token of "moe" uses,
+    "dense-total" as many as "moe" has in all, but for routers."""
     tokenizer = processor.tokenizer
     section = HEAD_DIM // 2 // 3
     text: dict[str, Any] = dict(
@@ -138,7 +140,7 @@ def build_model(kind: str, processor: ImageProcessor) -> Any:
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        intermediate_size=TOP_K * INTERMEDIATE,
+        intermediate_size=(EXPERTS if kind == "dense-total" else TOP_K) * INTERMEDIATE,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 500.0,
@@ -172,10 +174,10 @@ def build_model(kind: str, processor: ImageProcessor) -> Any:
             router_aux_loss_coef=0.01,
         )
         model: Any = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision, **ids))
-    elif kind == "dense":
+    elif kind in KINDS:
         model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
     else:
-        raise ValueError(f"kind {kind!r}: must be 'moe' or 'dense'")
+        raise ValueError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=32,
@@ -188,7 +190,7 @@ def build_model(kind: str, processor: ImageProcessor) -> Any:
 def main() -> None:
     """Write an untrained model with its processor."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("kind", choices=("moe", "dense"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""From trained weights to an ordinary model folder: `python -m calibration.shipped.assemble moe|dense PARTS OUT`."""
+"""From trained weights to an ordinary model folder: `python -m calibration.shipped.assemble KIND PARTS OUT`."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from calibration.shipped.architecture import build_model, save_processor
+from calibration.shipped.architecture import KINDS, build_model, save_processor
 from expertflow_quant.models.processor import load_processor
 
 
@@ -16,7 +16,7 @@ def assemble(kind: str, parts: Path, processor_folder: Path, out: Path) -> int:
     processor = load_processor(processor_folder)
     model = build_model(kind, processor).to(torch.bfloat16)
     weights = {}
-    for file in sorted(parts.glob(f"{kind}-*.safetensors")):
+    for file in sorted(parts.glob(f"{kind}-[0-9].safetensors")):
         weights |= load_file(file)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {"lm_head.weight"}
@@ -33,7 +33,7 @@ def assemble(kind: str, parts: Path, processor_folder: Path, out: Path) -> int:
 def main() -> None:
     """Assemble one model."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("kind", choices=("moe", "dense"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("parts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--processor", type=Path, required=True)

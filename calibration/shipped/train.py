@@ -1,4 +1,4 @@
-"""Train the shipped models: `python -m calibration.shipped.train moe|dense OUT`.
+"""Train the shipped models: `python -m calibration.shipped.train moe|dense|dense-total OUT`.
 
 Two stages. The tower stage teaches the vision tower to name, for each patch, the character it shows and, for each
 cell, the word, what the word is the value of, and its mark's colour (linear heads that are dropped afterwards):
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration.shipped import feed, forward
-from calibration.shipped.architecture import HIDDEN, VISION, build_model
+from calibration.shipped.architecture import HIDDEN, KINDS, VISION, build_model
 from calibration.shipped.pool import Pool
 from expertflow_quant.models.processor import load_processor
 
@@ -274,9 +274,9 @@ def save_parts(tensors: dict[str, Tensor], out: Path, name: str, limit: int = 15
 
 
 def main() -> None:
-    """Train one of the two models."""
+    """Train one of the models."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("kind", choices=("moe", "dense"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("out", type=Path, help="folder for weights and loss curve")
     shared = Path(__file__).with_name("moe")
     parser.add_argument("--processor", type=Path, default=shared, help="folder of the processor that both models share")

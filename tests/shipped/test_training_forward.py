@@ -14,7 +14,7 @@ def processor():
     return build_processor(sheets=40)
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("kind", ["moe", "dense", "dense-total"])
 def test_hidden_logits_equal_the_ordinary_model(kind, processor):
     torch.manual_seed(0)
     model = build_model(kind, processor).eval()

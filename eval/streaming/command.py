@@ -20,6 +20,7 @@ from eval.streaming.model import Sizes, write_model
 from eval.streaming.plots import memory_figure
 from eval.streaming.watch import Watched, job_command, watch
 from expertflow_quant.formats import ExpertFlowError
+from expertflow_quant.models.device import pick_device
 from expertflow_quant.pipeline.methods import check_method
 
 GIB = 1 << 30
@@ -34,30 +35,33 @@ def streaming(
     method: Methods = None,
     form: Annotated[str, typer.Option("--format", help="of the experts")] = "int4-g32",
     layers: Annotated[int, typer.Option(min=1, help="of 207 MB each in bf16")] = 42,
+    real: Annotated[bool, typer.Option(help="layers of Qwen3-30B-A3B's sizes, 1.25 GB each")] = False,
     batches: Annotated[int, typer.Option(min=1, help="of calibration, each of --rows rows")] = 4,
     rows: Annotated[int, typer.Option(min=1)] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="of a row")] = 128,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     folder: Annotated[Path | None, typer.Option(help="for the model and the checkpoints, which are deleted")] = None,
     tiny: Annotated[bool, typer.Option(help="layers of 1 MB, for a try")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...; it is host memory that is watched")] = "cpu",
     seed: Annotated[int, typer.Option(help="of the weights")] = 0,
 ) -> None:
     """Make a model with random weights, quantize it, and watch how much memory that takes."""
     console = make_console()
-    sizes = Sizes(layers, 16, 128, 64, 512, 4, 2) if tiny else Sizes(layers)
+    sizes = _sizes(layers, tiny, real)
     methods = method or ["rtn", "gptq"]
     try:
         for name in methods:
             check_method(name)
         with tempfile.TemporaryDirectory(dir=folder, prefix="streaming-") as room:
             nbytes = _write(Path(room) / "model", sizes, seed, console)
-            jobs = {name: [form, 0 if name == "rtn" else batches, rows, tokens] for name in methods}
+            on = str(pick_device(device))
+            jobs = {name: [form, 0 if name == "rtn" else batches, rows, tokens, on] for name in methods}
             runs = [_run(Path(room), name, jobs[name], threads, console) for name in methods]
     except ExpertFlowError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     results = {
-        **provenance("eval", sys.argv[1:], "cpu"),
+        **provenance("eval", sys.argv[1:], on),
         "model": {"bytes": nbytes, **asdict(sizes), "decoder_layer_bytes": sizes.layer_bytes},
         "format": form,
         "calibration": {"batches": batches, "rows": rows, "tokens": tokens},
@@ -71,6 +75,14 @@ def streaming(
         console.print(verdict(run, nbytes), highlight=False)
     if any(run["peak_bytes"] > MEMORY_LIMIT for run in runs):
         raise typer.Exit(1)
+
+
+def _sizes(layers: int, tiny: bool, real: bool) -> Sizes:
+    if tiny:
+        return Sizes(layers, experts=16, hidden=128, intermediate=64, vocabulary=512, heads=4, top_k=2)
+    if real:
+        return Sizes(layers, experts=128, hidden=2048, intermediate=768, vocabulary=151936, heads=64, top_k=8)
+    return Sizes(layers)
 
 
 def verdict(run: dict[str, Any], nbytes: int) -> str:

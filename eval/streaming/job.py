@@ -1,6 +1,7 @@
 """The process whose memory is watched: quantizes one model, and says on its standard output how far it is.
 
-``python -m eval.streaming.job MODEL OUT METHOD FORMAT BATCHES ROWS TOKENS``; 0 batches: without calibration.
+``python -m eval.streaming.job MODEL OUT METHOD FORMAT BATCHES ROWS TOKENS DEVICE``; 0 batches: without
+calibration.
 """
 
 import json
@@ -19,12 +20,21 @@ from expertflow_quant.pipeline.stream import ModelStream
 
 def main(arguments: list[str]) -> None:
     model, out, method, form = arguments[:4]
-    batches, rows, tokens = (int(number) for number in arguments[4:])
+    batches, rows, tokens = (int(number) for number in arguments[4:7])
+    device = arguments[7]
     say("libraries are loaded")
     stream = ModelStream(model)
     say("headers are read")
-    observations = Observations(stream, random_tokens(stream, batches, rows, tokens)) if batches else None
-    report = quantize_model(stream, Path(out), method=method, plan=form, observations=observations, progress=tell)
+    data = random_tokens(stream, batches, rows, tokens) if batches else None
+    report = quantize_model(
+        stream,
+        Path(out),
+        method=method,
+        plan=form,
+        observations=None if data is None else Observations(stream, data, device=device),
+        device=device,
+        progress=tell,
+    )
     say("done", seconds=round(report.seconds, 1), expert_bytes=report.expert_bytes)
 
 

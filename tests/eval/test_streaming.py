@@ -28,7 +28,7 @@ def test_memory_holds_two_layers_and_not_the_model(tmp_path: Path) -> None:
     whole = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     allowed = 2 * SMALL.layer_bytes + ROOM
     assert whole > 1.5 * allowed
-    job = job_command(tmp_path / "model", tmp_path / "out", "rtn", "int4-g32", 2, 2, 32)
+    job = job_command(tmp_path / "model", tmp_path / "out", "rtn", "int4-g32", 2, 2, 32, "cpu")
     watched = watch(job, threads=1, interval=0.01)
     summary = command.summary("rtn", watched, 0)
     assert summary["peak_bytes"] - summary["start_bytes"] < allowed

@@ -51,7 +51,8 @@ def peers(
     rows = summary(entries)
     settings: dict[str, Any] = {"conversations": conversations, "tolerance": TOLERANCE, "peers": versions}
     settings["cases"] = [case.name for case in CASES]
-    made = provenance("eval", sys.argv[1:], "cpu")
+    places = {str(path): f"PYTHON-WITH-{name.upper()}" for name, path in given.items()}
+    made = provenance("eval", [places.get(argument, argument) for argument in sys.argv[1:]], "cpu")
     write_json(out, {"made": made, "settings": settings, "summary": rows, "experts": entries})
     save(peers_figure(rows), out.with_suffix(".png"))
     console.print(peers_table(rows))

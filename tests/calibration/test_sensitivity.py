@@ -142,3 +142,21 @@ def test_what_cannot_be_measured_is_refused(small_moe, tmp_path):
     asked = [{"messages": each["messages"][:1]} for each in generated_samples(1)]
     with pytest.raises(ExpertFlowError, match="sample 0 ends with the turn of the user"):
         answered_batches(processor, asked)
+
+
+def test_samples_from_files_and_damage_at_outputs(small_moe, tmp_path):
+    """Layer by layer, without the model in memory; the samples need no answers there."""
+    folder, path = tmp_path / "samples", tmp_path / "outputs.json"
+    folder.mkdir()
+    asked = [{"messages": [{"role": "user", "content": f"Say {word}."}]} for word in ("one", "two", "three")]
+    (folder / "asked.jsonl").write_text("\n".join(json.dumps(each) for each in asked))
+    command = ["sensitivity", str(small_moe), "--out", str(path), "--from", str(folder), "--formats", "int2-g32"]
+    outcome = CliRunner().invoke(app, [*command, "--at", "outputs"], env={"COLUMNS": "300"})
+    assert outcome.exit_code == 0, outcome.output
+    found = Sensitivity.load(path)
+    assert (found.origin.measure, found.origin.method, found.text_share) == ({"at": "outputs"}, "rtn", [])
+    assert found.origin.samples["count"] == 3
+    assert found.origin.samples["source"] == str(folder)
+    assert sum(expert.damage[Format.parse("int2-g32")] for expert in found.experts) > 0
+    outcome = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
+    assert "sample 0 ends with the turn of the user" in outcome.output

@@ -202,3 +202,15 @@ def test_slots_of_another_plan_are_refused_and_few_ones_raised(tmp_path):
         read_slots(file, layers)
     with pytest.raises(ExpertFlowError, match="no file of slots"):
         read_slots(tmp_path / "none.json", layers)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("predictor", ["previous", "next-gate", "paths"])
+def test_on_a_gpu_records_fetched_beside_the_computation_change_nothing(folder, predictor):
+    """Copies run on a stream of their own there: a slot must not be filled while it is read."""
+    same = {"device": "cuda", "fast": False, "dtype": "float32"}
+    expected = answers(expertflow_quant.load(folder / "checkpoint", "100%", **same))
+    engine = expertflow_quant.load(folder / "checkpoint", "40%", predictor=predictor, ahead=2.0, **same)
+    for _ in range(3):
+        assert answers(engine) == expected
+    assert engine.stats.ahead_bytes

@@ -94,7 +94,7 @@ def sensitivity(
     try:
         settings = Settings(temperature, probes, seed)
         asked = generated_samples(samples, seed) if source is None else load_samples(source, samples)
-        named = str(source) if source is not None else generated_source(seed)
+        named = source.name if source is not None else generated_source(seed)
         wanted = Wanted(
             parse_formats(formats), asked, named, at, settings, scale_rule(scales), quantized or (), device
         )  # fmt: skip

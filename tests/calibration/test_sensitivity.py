@@ -156,7 +156,7 @@ def test_samples_from_files_and_damage_at_outputs(small_moe, tmp_path):
     found = Sensitivity.load(path)
     assert (found.origin.measure, found.origin.method, found.text_share) == ({"at": "outputs"}, "rtn", [])
     assert found.origin.samples["count"] == 3
-    assert found.origin.samples["source"] == str(folder)
+    assert found.origin.samples["source"] == "samples"
     assert sum(expert.damage[Format.parse("int2-g32")] for expert in found.experts) > 0
     outcome = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
     assert "sample 0 ends with the turn of the user" in outcome.output

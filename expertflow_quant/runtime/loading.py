@@ -18,9 +18,11 @@ from expertflow_quant.models.processor import load_processor
 from expertflow_quant.models.seams import model_class, read_config
 from expertflow_quant.offload.budget import format_bytes, parse_budget
 from expertflow_quant.offload.host_memory import available_bytes
+from expertflow_quant.offload.policies.named import GUESSES
 from expertflow_quant.offload.store import ExpertStore
-from expertflow_quant.runtime.caching import CacheOptions, attach_foresight
+from expertflow_quant.runtime.caching import AUTO, PATHS, CacheOptions, attach_foresight, has_predictor
 from expertflow_quant.runtime.engine import Engine
+from expertflow_quant.runtime.fast.build import OFF as NO_LOOK_AHEAD
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
 from expertflow_quant.runtime.fast.needs import fast_needs, weights_dtype
 from expertflow_quant.runtime.fast.probe import FastPathError
@@ -68,8 +70,10 @@ def load(
     ``context`` and ``rows`` override two, ``on_step`` hears what building it does), False for transformers' own
     ``generate``; by default the fast path on a GPU where it can be taken, and a warning that says why where it cannot.
 
-    ``policy``, ``predictor``, ``ahead``, ``usage``, ``slots``, for the plain path: how it keeps experts, as
-    ``caching.CacheOptions`` says; by default what measured best. None of them changes an answer.
+    ``policy``, ``predictor``, ``ahead``, ``usage``, ``slots``: how the plain path keeps experts, as
+    ``caching.CacheOptions`` says; by default what measured best. The fast path takes two of them: ``predictor``, which
+    it looks ahead by ("off", "next-gate", "paths" for the checkpoint's own trained one, or a folder; "auto" takes the
+    checkpoint's own where there is one), and ``slots``. None of them changes an answer.
 
     ``gpu_memory``, for the fast path: a promise that the device memory this process reserves stays below it, the
     CUDA context, images and the longest prompt included. Experts get what is left, at most ``expert_memory``. The
@@ -84,10 +88,13 @@ def load(
     folder, target = Path(path), pick_device(device)
     config, processor = _our_config(folder), load_processor(folder)
     cached = _cached(policy=policy, predictor=predictor, ahead=ahead, usage=usage, slots=slots)
-    wanted = target.type == "cuda" and cached is None if fast is None else fast
-    _refuse_cached(cached, wanted)
+    plain_only = [name for name, value in (("policy", policy), ("ahead", ahead), ("usage", usage)) if value is not None]
+    wanted = target.type == "cuda" and not plain_only if fast is None else fast
+    _refuse_plain_only(plain_only, wanted)
     _refuse_memory(gpu_memory, host_memory, target, wanted)
     sizes = _sizes(config, options, context, rows)
+    if wanted:
+        sizes = _looking_ahead(replace(sizes, slots=slots or sizes.slots), predictor, folder)
     store = ExpertStore(CheckpointReader(folder))
     budget, plan = parse_budget(expert_memory, store.nbytes), None
     if gpu_memory is not None:
@@ -217,12 +224,30 @@ def _cached(**given: Any) -> CacheOptions | None:
     return CacheOptions(**named) if named else None
 
 
-def _refuse_cached(cached: CacheOptions | None, fast: bool) -> None:
-    if cached is not None and fast:
+def _refuse_plain_only(given: list[str], fast: bool) -> None:
+    if given and fast:
         raise FastPathError(
-            "policy, predictor, ahead, usage and slots are the plain path's, and the fast path was asked for: leave "
-            "them out (it keeps what was used last, and looks ahead by FastOptions.look_ahead), or give fast=False"
+            f"{', '.join(given)}: the plain path's, and the fast path was asked for, which keeps what was used last "
+            "and looks ahead by predictor: leave them out, or give fast=False"
         )
+
+
+def _looking_ahead(sizes: FastOptions, predictor: str | None, folder: Path) -> FastOptions:
+    """``sizes`` with what ``load`` was told to look ahead by. Raises FastPathError for what the fast path has not."""
+    if predictor in GUESSES:
+        raise FastPathError(
+            f"predictor {predictor!r} is the plain path's: give 'off', 'next-gate', 'paths' or the folder of a trained "
+            "one, or fast=False"
+        )
+    if predictor == PATHS and not has_predictor(folder):
+        raise FastPathError(
+            f"{folder} holds no trained predictor: make one with `python -m calibration predictor`, or give the folder "
+            "of one"
+        )
+    if predictor in (None, AUTO):
+        own = sizes.look_ahead == NO_LOOK_AHEAD and has_predictor(folder)
+        return replace(sizes, look_ahead=str(folder)) if own else sizes
+    return replace(sizes, look_ahead=str(folder) if predictor == PATHS else predictor)
 
 
 def _why_plain(fast: bool | None, target: torch.device) -> str:

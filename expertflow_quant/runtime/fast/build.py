@@ -13,11 +13,12 @@ from expertflow_quant.formats import RECORD_ALIGNMENT, ExpertFlowError
 from expertflow_quant.kernels import UNIT, LayoutTable
 from expertflow_quant.models.seams import image_ids
 from expertflow_quant.offload.budget import BudgetError, format_bytes, format_bytes_up
-from expertflow_quant.offload.layer_slots import plan_layer_slots
+from expertflow_quant.offload.layer_slots import Pools, plan_layer_slots
 from expertflow_quant.offload.predict_paths import PathPredictor
 from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.resident_tables import MOST
 from expertflow_quant.offload.slots import LayerRecords
+from expertflow_quant.offload.slots_file import pools_bytes, read_slots
 from expertflow_quant.offload.staging import StagingRing
 from expertflow_quant.offload.store import ExpertStore
 from expertflow_quant.runtime.experts import attached
@@ -55,7 +56,8 @@ class FastOptions:
     row. ``look_ahead``: "off" moves an expert when it is routed; "next-gate" before, if the router of a layer further
     on would want it of the present hidden states; the folder of a trained predictor, if that finds it likely.
     ``look_ahead_layers``: how much further on, by default NEXT_GATE_LAYERS or FORETOLD_LAYERS. ``captured``: the batch
-    sizes that have a graph, for a faster start; rows in between take the next larger one."""
+    sizes that have a graph, for a faster start; rows in between take the next larger one. ``slots``: the file of a
+    plan's slots for each layer; without one all layers get the same share."""
 
     rows: int = 8
     room: int = 4096
@@ -65,6 +67,7 @@ class FastOptions:
     look_ahead: str = OFF
     look_ahead_layers: int | None = None
     captured: tuple[int, ...] = BUCKETS
+    slots: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("room", 2), ("prefill_tokens", 1), ("look_ahead_layers", 1)):
@@ -145,9 +148,7 @@ def build_fast(
     findings = probe(model, device)
     shared = share_expert_memory(store.layers, expert_budget)
     told("placing experts")
-    # a plan of no slots at all is legal: everything is then read from the host
-    plan = plan_layer_slots(store.layers, max(1, shared.slot_bytes))
-    resident = ResidentExperts(store, plan, device)
+    resident = ResidentExperts(store, _slot_plan(store.layers, shared, options.slots), device)
     resident.preload()
     ring = StagingRing(device, shared.ring_slots, shared.record_bytes, shared.chunk)
     streamed = StreamedExperts(resident, store, ring, options.stream)
@@ -174,6 +175,20 @@ def build_fast(
             told("read prompts of several lengths once")
     runner.reset_stats()
     return runner
+
+
+def _slot_plan(layers: Sequence[LayerRecords], shared: ExpertRoom, slots: str | Path | None) -> tuple[Pools, ...]:
+    if slots is None:
+        # a plan of no slots at all is legal: everything is then read from the host
+        return plan_layer_slots(layers, max(1, shared.slot_bytes))
+    plan = read_slots(slots, layers)
+    if (taken := pools_bytes(plan)) > shared.slot_bytes:
+        staging = shared.ring_slots * shared.record_bytes
+        raise BudgetError(
+            f"the slots of {slots} take {format_bytes_up(taken)} and staging {format_bytes_up(staging)}, expert memory "
+            f"has {format_bytes(shared.slot_bytes)} for slots: raise --expert-memory, or plan for less"
+        )
+    return plan
 
 
 @contextmanager

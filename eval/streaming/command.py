@@ -61,7 +61,7 @@ def streaming(
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     results = {
-        **provenance("eval", sys.argv[1:], on),
+        **provenance("eval", _told(sys.argv[1:]), on),
         "model": {"bytes": nbytes, **asdict(sizes), "decoder_layer_bytes": sizes.layer_bytes},
         "format": form,
         "calibration": {"batches": batches, "rows": rows, "tokens": tokens},
@@ -83,6 +83,12 @@ def _sizes(layers: int, tiny: bool, real: bool) -> Sizes:
     if real:
         return Sizes(layers, experts=128, hidden=2048, intermediate=768, vocabulary=151936, heads=64, top_k=8)
     return Sizes(layers)
+
+
+def _told(arguments: Sequence[str]) -> list[str]:
+    """The command line without the folder for temporary files, which decides nothing."""
+    before = ["", *arguments][:-1]
+    return [each for each, last in zip(arguments, before, strict=True) if "--folder" not in (each, last)]
 
 
 def verdict(run: dict[str, Any], nbytes: int) -> str:

@@ -62,6 +62,12 @@ def test_the_command_writes_results_and_plot(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["streaming.json", "streaming.png"]
 
 
+def test_the_folder_for_temporary_files_is_not_published() -> None:
+    told = ["streaming", "--out", "x.json", "--folder", "/somewhere", "--threads", "2"]
+    assert command._told(told) == ["streaming", "--out", "x.json", "--threads", "2"]
+    assert command._told([]) == []
+
+
 @needs_proc
 def test_a_process_that_takes_memory_is_seen_to_take_it() -> None:
     lines = 'import json, time; x = bytearray(64 << 20); print(json.dumps({"what": "x"})); time.sleep(0.2)'

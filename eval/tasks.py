@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from eval.grain import grained
 from eval.metrics import ANLS, RELAXED_ACCURACY, Metric
 from expertflow_quant.samples import make_items
 
@@ -84,15 +85,16 @@ class Task:
         return described | ({"damaged": self.damaged} if self.damaged else {})
 
 
-def generated_task(name: str, items: int, seed: int = 0) -> Task:
-    """The first ``items`` held-out questions of the generated "chart" or "document" task."""
+def generated_task(name: str, items: int, seed: int = 0, grain: float = 0.0) -> Task:
+    """The first ``items`` held-out questions of the generated "chart" or "document" task; ``grain``: see grain.py."""
     if name not in GENERATED:
         raise ValueError(f"task {name!r} is not known: use one of {', '.join(GENERATED)}")
     title, metric = GENERATED[name]
-    source = f"generated, test split, seed {seed}"
-    return Task(name, title, metric, make_items(name, "test", items, seed=seed), source)
+    source = f"generated, test split, seed {seed}" + (f", grain {grain:g}" if grain else "")
+    made = [grained(item, grain) for item in make_items(name, "test", items, seed=seed)]
+    return Task(name, title, metric, made, source)
 
 
-def generated_tasks(items: int, seed: int = 0) -> list[Task]:
+def generated_tasks(items: int, seed: int = 0, grain: float = 0.0) -> list[Task]:
     """Both generated tasks, ``items`` questions each."""
-    return [generated_task(name, items, seed) for name in GENERATED]
+    return [generated_task(name, items, seed, grain) for name in GENERATED]

@@ -38,6 +38,9 @@ def compare(
     max_pixels: Annotated[
         int | None, typer.Option(min=1, help="shrink larger images to so many pixels before any model sees them")
     ] = None,
+    grain: Annotated[
+        float, typer.Option(help="noise on generated pictures, in levels of 255: 110 leaves the shipped models 70 %")
+    ] = 0.0,
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="of the generated items and the bootstrap")] = 0,
     noise_floor: Annotated[bool, typer.Option(help="ask full precision again in batches of half the size")] = False,
@@ -52,7 +55,7 @@ def compare(
     console = make_console()
     try:
         sides = contest(systems, own, dense or [], expert_memory, noise_floor)
-        tasks = tasks_named(task or [], items, seed, max_pixels)
+        tasks = tasks_named(task or [], items, seed, max_pixels, grain)
         judgements = judge_all(sides, tasks, console, folder=out, batch_size=batch_size, device=device)
         by_label = {judgement.system.label: judgement for judgement in judgements}
         comparisons = [
@@ -64,6 +67,7 @@ def compare(
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     settings = {"expert_memory": expert_memory, "batch_size": batch_size, "max_pixels": max_pixels, "seed": seed}
+    settings |= {"grain": grain} if grain else {}
     settings |= {"resamples": RESAMPLES, "confidence": CONFIDENCE}
     found = changed_questions(judgements, [(system.label, baseline.label) for system, baseline, _ in sides.pairs])
     report = Report(

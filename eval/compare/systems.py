@@ -64,8 +64,10 @@ def contest(
     return found
 
 
-def tasks_named(names: Sequence[str], items: int, seed: int, max_pixels: int | None = None) -> list[Task]:
+def tasks_named(
+    names: Sequence[str], items: int, seed: int, max_pixels: int | None = None, grain: float = 0.0
+) -> list[Task]:
     """Tasks by NAME, or NAME=PATH for those that come from files, with at most ``items`` questions each."""
     paths = {name: path for name, given, path in (text.partition("=") for text in names) if given}
     chosen = [text.partition("=")[0] for text in names] or list(GENERATED)
-    return make_tasks(chosen, paths, limit=items or None, seed=seed, max_pixels=max_pixels)
+    return make_tasks(chosen, paths, limit=items or None, seed=seed, max_pixels=max_pixels, grain=grain)

@@ -23,15 +23,17 @@ def make_tasks(
     generated: int = 320,
     seed: int = 0,
     max_pixels: int | None = None,
+    grain: float = 0.0,
 ) -> list[Task]:
     """Tasks in the order of ``names`` (``TASK_NAMES``); ``paths`` tells where the files of each data set are.
 
-    ``limit``: ask only the first so many items of each; a generated task has ``limit`` or else ``generated`` of them.
+    ``limit``: ask only the first so many items of each; a generated task has ``limit`` or else ``generated`` of them,
+    with ``grain`` on their pictures.
     """
     tasks = []
     for name in dict.fromkeys(names):
         if name in GENERATED:
-            tasks.append(generated_task(name, limit or generated, seed))
+            tasks.append(generated_task(name, limit or generated, seed, grain))
         elif name in DATA_SETS:
             if name not in paths:
                 raise DataError(f"task {name} needs its files: {DATA_SETS[name].remedy}")

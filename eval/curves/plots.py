@@ -32,7 +32,7 @@ def curves_figure(results: Mapping[str, Any]) -> Figure:
                         results[name]["tasks"][task]["mean"], color=color, linestyle=style, linewidth=1.2,
                         label={"self": "full precision", "dense": "dense twin"}[name],
                     )  # fmt: skip
-            least = min(point["tasks"][task]["lower"] for point in points)
+            least = min(0.99, *(point["tasks"][task]["lower"] for point in points))
             panel.set_ylim(least - 0.05 * (1 - least) - 0.001, 1 + 0.05 * (1 - least) + 0.001)
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
             panel.set_title(title)

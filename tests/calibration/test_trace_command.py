@@ -111,7 +111,8 @@ def test_committed_traces_are_whole(task):
 
 
 def test_committed_traces_are_small():
-    assert sum(file.stat().st_size for file in TRACES.iterdir()) < 4 << 20
+    committed = [file for file in TRACES.iterdir() if ".sight." not in file.name]  # those are made anew
+    assert sum(file.stat().st_size for file in committed) < 4 << 20
 
 
 @pytest.mark.parametrize("task", ["charts", "documents"])

@@ -14,6 +14,7 @@ from expertflow_quant.formats.record import FIELD_ALIGNMENT, RECORD_ALIGNMENT
 from expertflow_quant.kernels import LayoutTable
 from expertflow_quant.offload import fill, resolve
 from expertflow_quant.offload.layer_slots import Pools
+from expertflow_quant.offload.policy import Scores
 from expertflow_quant.offload.resident_tables import ABSENT, LayerTables, ResidentTables
 from expertflow_quant.offload.stats import CacheStats, LayerStats
 from expertflow_quant.offload.store import ExpertStore
@@ -25,11 +26,20 @@ class ResidentExperts:
     All slots are free at first; every slot starts on a 256-byte boundary. ``tables`` has each layer's record layouts
     as kernels read them, with the row of each expert. ``begin_step``, ``resolve``, ``fill`` and ``prefetch`` only
     launch work on the current stream and can be captured in a CUDA graph; calls for one layer must be ordered by
-    the caller, calls for different layers may run at the same time. Raises ExpertFlowError where a GPU could not
-    read the store's records, and for a plan of another model.
+    the caller, calls for different layers may run at the same time. ``policy`` decides who makes room, "static" by the
+    ``shares`` of a recorded run (``popularity``), from which counts may start too: layer_policy.py. Raises
+    ExpertFlowError where a GPU could not read the store's records, for a plan of another model, and for a policy that
+    is not known or lacks shares.
     """
 
-    def __init__(self, store: ExpertStore, plan: Sequence[Pools], device: torch.device | str) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        plan: Sequence[Pools],
+        device: torch.device | str,
+        policy: str = "lru",
+        shares: Scores | None = None,
+    ) -> None:
         self.store, self.device = store, torch.device(device)
         if self.device.type == "cuda" and not store.pinned:
             raise ExpertFlowError(
@@ -45,6 +55,8 @@ class ResidentExperts:
             _host_addresses(store, self.device),
             [[base + start for start, _ in row] for row in self._offsets],
             self.device,
+            policy,
+            shares,
         )
         self._layers = [self._tables.layer(index) for index in range(len(store.layers))]
         self._whole = [False] * len(self._layers)
@@ -57,6 +69,11 @@ class ResidentExperts:
     @property
     def plan(self) -> tuple[Pools, ...]:
         return self._tables.plan
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the policy may leave an expert without a slot although one could be had."""
+        return self._tables.policy.refuses
 
     @property
     def address(self) -> Tensor:
@@ -114,10 +131,10 @@ class ResidentExperts:
         return self._whole[layer]
 
     def preload(self) -> None:
-        """Fill each pool with the layer's first experts of its size, uncounted, in place of what is there."""
-        owners = [
-            _first_experts(records.nbytes, pools) for records, pools in zip(self.store.layers, self.plan, strict=True)
-        ]
+        """Fill each pool with the layer's first experts of its size, those worth most before all others, in place of
+        what is there; uncounted."""
+        layers = zip(self.store.layers, self.plan, self._tables.rate.tolist(), strict=True)
+        owners = [_first_experts(records.nbytes, pools, worth) for records, pools, worth in layers]
         for layer, row in enumerate(owners):
             for slot, expert in enumerate(row):
                 self.slot_tensor(layer, slot).copy_(self.store.record(layer, expert), non_blocking=True)
@@ -204,8 +221,9 @@ def _host_addresses(store: ExpertStore, device: torch.device) -> list[list[int]]
     return addresses
 
 
-def _first_experts(nbytes: Sequence[int], pools: Pools) -> list[int]:
+def _first_experts(nbytes: Sequence[int], pools: Pools, worth: Sequence[float]) -> list[int]:
     owners: list[int] = []
     for size, slots in pools:
-        owners += [expert for expert, each in enumerate(nbytes) if each == size][:slots]
+        fitting = [expert for expert, each in enumerate(nbytes) if each == size]
+        owners += sorted(fitting, key=lambda expert: -worth[expert])[:slots]
     return owners

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.offload.layer_policy import LayerPolicy, first_worth, layer_policy
 from expertflow_quant.offload.layer_slots import Pools
+from expertflow_quant.offload.policy import Scores
 from expertflow_quant.offload.slots import LayerRecords
 
 ABSENT = -1
@@ -21,6 +23,9 @@ MOST = 512
 
 MOST_IDS = 1024
 """Ids of one call: 32 tokens that are each routed to 32 experts."""
+
+AGES = 4094
+"""Steps since the last use beyond which equals under a ranked policy go by the number of their slots."""
 
 COUNTERS = ("hits", "misses", "bytes", "prefetched bytes")
 ROW = 16  # rows start on 16-byte boundaries, so that Triton compiles one kernel for all layers
@@ -35,11 +40,14 @@ class LayerTables:
     The slots of a pool are neighbours, pools ascend: pool_start int32 ``[>= pools]`` is each pool's first slot.
     To be copied by ``fill``: the first todo_count ``[1]`` entries of todo_src, todo_dst int64, todo_nbytes int32.
     ``counters`` int64 ``[4]``: COUNTERS. ``step`` int32 ``[1]`` is that of all layers.
+    ``policy`` says who goes. Padded to at least ``experts``: rate float32, each expert's as of its last use in step
+    used_at int32. decay float32 ``[ages]`` is of all layers.
     """
 
     experts: int
     slots: int
     pools: int
+    policy: LayerPolicy
     step: Tensor
     address: Tensor
     host_address: Tensor
@@ -56,13 +64,17 @@ class LayerTables:
     todo_nbytes: Tensor
     todo_count: Tensor
     counters: Tensor
+    rate: Tensor
+    used_at: Tensor
+    decay: Tensor
 
 
 class ResidentTables:
     """The tables of all layers on ``device``, all slots free.
 
     ``host_addresses`` names each expert's record, ``slot_addresses`` each slot's memory in the order of the plan's
-    pools. Raises ExpertFlowError for a layer with more than MOST experts, or a plan that is not of these layers.
+    pools. ``policy``: see layer_policy.py, with the ``shares`` of ``first_worth``. Raises ExpertFlowError for a layer
+    with more than MOST experts, a plan that is not of these layers, or a policy that is not known or lacks shares.
     """
 
     def __init__(
@@ -72,8 +84,11 @@ class ResidentTables:
         host_addresses: Sequence[Sequence[int]],
         slot_addresses: Sequence[Sequence[int]],
         device: torch.device | str,
+        policy: str = "lru",
+        shares: Scores | None = None,
     ) -> None:
         _check(layers, plan)
+        self.policy = layer_policy(policy)
         self.layers, self.plan = tuple(layers), tuple(plan)
         experts = max(len(layer.nbytes) for layer in layers)
         slots = max(sum(count for _, count in pools) for pools in plan)
@@ -102,6 +117,10 @@ class ResidentTables:
         self.todo_count = torch.zeros(len(layers), dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(layers), len(COUNTERS), dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int32, device=device)
+        rates = first_worth(self.policy, [len(layer.nbytes) for layer in layers], shares)
+        self.rate = self._table("experts", rates, torch.float32)
+        self.used_at = self._table("experts", [], torch.int32)
+        self.decay = torch.tensor(self.policy.decay, dtype=torch.float32, device=device)
 
     def layer(self, index: int) -> LayerTables:
         """Views of the rows of one layer."""
@@ -110,6 +129,7 @@ class ResidentTables:
             experts=len(self.layers[index].nbytes),
             slots=sum(count for _, count in pools),
             pools=len(pools),
+            policy=self.policy,
             step=self.step,
             address=self.address[index],
             host_address=self.host_address[index],
@@ -126,6 +146,9 @@ class ResidentTables:
             todo_nbytes=self.todo_nbytes[index],
             todo_count=self.todo_count[index : index + 1],
             counters=self.counters[index],
+            rate=self.rate[index],
+            used_at=self.used_at[index],
+            decay=self.decay,
         )
 
     def place(self, owners: Sequence[Sequence[int]]) -> None:
@@ -148,13 +171,13 @@ class ResidentTables:
     def device_bytes(self) -> int:
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
-    def _host(self, row: str, values: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    def _host(self, row: str, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         table = torch.full((len(self.layers), self._rows[row]), ABSENT, dtype=dtype)
         for index, entries in enumerate(values):
             table[index, : len(entries)] = torch.tensor(entries, dtype=dtype)
         return table
 
-    def _table(self, row: str, values: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    def _table(self, row: str, values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
         return self._host(row, values, dtype).to(self._device)
 
 

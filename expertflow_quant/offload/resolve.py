@@ -4,15 +4,17 @@
 kernel's ground truth and what runs on a CPU.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import use_triton
-from expertflow_quant.offload.resident_tables import ABSENT, MOST_IDS, LayerTables
+from expertflow_quant.offload.layer_policy import RECENT, single
+from expertflow_quant.offload.resident_tables import ABSENT, AGES, MOST_IDS, LayerTables
 
 
 def resolve(layer: LayerTables, ids: Tensor, count: bool = True, keep_current: bool = False) -> None:
@@ -24,8 +26,13 @@ def resolve(layer: LayerTables, ids: Tensor, count: bool = True, keep_current: b
     evicted expert's becomes the host's again, and (host address, slot address, bytes) goes on the todo list, which
     starts empty at every call. A missing expert that finds no slot keeps its host address.
 
+    Under a ranked policy (layer_policy.py) the missing experts come by their worth, greatest first, and slots by that
+    of their owners, least first, before stamp (as far back as AGES steps) and number; an expert that the policy refuses
+    a slot keeps its host address. What is asked for is a use, and counted before anything is decided.
+
     ``count``: distinct experts are counted as hits and misses, with the bytes of the misses. ``keep_current``: for
-    a guess ahead of its use; slots stamped in this step are no victims, and only the bytes it moves are counted.
+    a guess ahead of its use; slots stamped in this step are no victims, and only the bytes it moves are counted. It is
+    no use, is never refused, and evicts what this step or the last one used after all else.
     Raises ExpertFlowError for ids of another dtype, in several pieces, or more than MOST_IDS.
     """
     check_ids(layer, ids)
@@ -73,7 +80,8 @@ class Move:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the experts wanted, each list in the order of their numbers; ``moves`` are among ``misses``."""
+    """What became of the experts wanted, in the order of their numbers; ``moves``, in the order of the decisions, are
+    among ``misses``."""
 
     hits: list[int] = field(default_factory=list)
     misses: list[int] = field(default_factory=list)
@@ -89,8 +97,16 @@ class SlotBook:
     pool_of_slot: list[int]
     pool_of_expert: list[int]
 
-    def resolve(self, wanted: Collection[int], step: int, keep_current: bool = False) -> Outcome:
-        """Mark the experts wanted as used in ``step``, and give slots to those that are missing."""
+    def resolve(
+        self,
+        wanted: Collection[int],
+        step: int,
+        keep_current: bool = False,
+        worth: Sequence[float] | None = None,
+        gain: float = inf,
+    ) -> Outcome:
+        """Mark the experts wanted as used in ``step``, and give slots to those that are missing. ``worth``: every
+        expert's, under a ranked policy with ``gain``."""
         slot_of = {expert: slot for slot, expert in enumerate(self.owner) if expert != ABSENT}
         outcome = Outcome(
             hits=[expert for expert in sorted(wanted) if expert in slot_of],
@@ -101,17 +117,33 @@ class SlotBook:
             for slot, expert in enumerate(self.owner)
             if expert not in wanted and not (keep_current and self.stamp[slot] == step)
         ]
-        victims.sort(key=lambda slot: (self.stamp[slot], slot))  # free slots are stamped -1
+        missing, cost = outcome.misses, [0.0] * len(self.owner)
+        if worth is None:
+            victims.sort(key=lambda slot: (self.stamp[slot], slot))  # free slots are stamped -1
+        else:
+            cost = [self._cost(slot, step, keep_current, worth) for slot in range(len(self.owner))]
+            victims.sort(key=lambda slot: (cost[slot], -min(self._age(slot, step), AGES), slot))
+            missing = sorted(missing, key=lambda expert: -worth[expert])
         for expert in outcome.hits:
             self.stamp[slot_of[expert]] = step
-        for expert in outcome.misses:
+        for expert in missing:
             fitting = [slot for slot in victims if self.pool_of_slot[slot] == self.pool_of_expert[expert]]
-            if fitting:
+            if fitting and (worth is None or keep_current or single(worth[expert] + gain) > cost[fitting[0]]):
                 slot = fitting[0]
                 victims.remove(slot)
                 outcome.moves.append(Move(expert, slot, self.owner[slot]))
                 self.owner[slot], self.stamp[slot] = expert, step
         return outcome
+
+    def _age(self, slot: int, step: int) -> int:
+        return (step - self.stamp[slot]) % 2**32
+
+    def _cost(self, slot: int, step: int, keep_current: bool, worth: Sequence[float]) -> float:
+        """What taking ``slot`` costs: its owner's worth, less than nothing where it is free."""
+        if self.owner[slot] == ABSENT:
+            return -1.0
+        recent = keep_current and self._age(slot, step) <= 1
+        return single(worth[self.owner[slot]] + RECENT) if recent else worth[self.owner[slot]]
 
 
 def wanted_experts(layer: LayerTables, ids: Tensor) -> set[int]:
@@ -127,7 +159,10 @@ def resolve_reference(layer: LayerTables, ids: Tensor, count: bool, keep_current
         layer.pool_of_slot[: layer.slots].tolist(),
         layer.pool_of_expert[: layer.experts].tolist(),
     )
-    outcome = book.resolve(wanted_experts(layer, ids), int(layer.step), keep_current)
+    wanted, worth = wanted_experts(layer, ids), None
+    if layer.policy.ranked:
+        worth = worth_of(layer, set() if keep_current else wanted)
+    outcome = book.resolve(wanted, int(layer.step), keep_current, worth, layer.policy.gain)
     layer.owner[: layer.slots] = torch.tensor(book.owner, dtype=torch.int32)
     layer.stamp[: layer.slots] = torch.tensor(book.stamp, dtype=torch.int32)
     for place, move in enumerate(outcome.moves):
@@ -141,6 +176,16 @@ def resolve_reference(layer: LayerTables, ids: Tensor, count: bool, keep_current
         layer.todo_nbytes[place] = layer.nbytes[move.expert]
     layer.todo_count[0] = len(outcome.moves)
     _count(layer, outcome, count, keep_current)
+
+
+def worth_of(layer: LayerTables, used: Collection[int]) -> list[float]:
+    """What each expert of ``layer`` is worth in this step, when those in ``used`` have been counted."""
+    ages = (layer.step - layer.used_at).to(torch.int64) % 2**32
+    worth = layer.rate * layer.decay[ages.clamp(max=len(layer.decay) - 1)]
+    if used:
+        worth[list(used)] += layer.policy.use
+        layer.rate[list(used)], layer.used_at[list(used)] = worth[list(used)], layer.step
+    return worth[: layer.experts].tolist()
 
 
 def _count(layer: LayerTables, outcome: Outcome, count: bool, keep_current: bool) -> None:

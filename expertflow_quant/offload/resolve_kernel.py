@@ -2,22 +2,35 @@
 """The resolve kernel: one program per call, which holds a whole layer's slots and experts in registers.
 
 Victims are ranked by one sort of 64-bit keys (pool, in use, stamp, slot), so the slots of a pool come out where the
-pool starts, best victim first; the r-th missing expert of a pool looks at the r-th place from there.
+pool starts, best victim first; the r-th missing expert of a pool looks at the r-th place from there. Under a ranked
+policy the keys are (pool, in use, worth of the owner, stamp, slot): a float32 that is not negative has the order of its
+bits. A second sort then brings the missing experts into the order of their worth, and all that follows goes by that.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertflow_quant.offload.resident_tables import MOST, LayerTables
+from expertflow_quant.offload.layer_policy import RECENT
+from expertflow_quant.offload.resident_tables import AGES, MOST, LayerTables
 
 WARPS = 4
 WARPS_WIDE = 8  # from 256 experts or slots on
 COMPARED = 4096  # ids x experts compared at once
 
-SLOT_MASK = tl.constexpr(1023)  # a key: from bit 43 the pool, bit 42 whether the slot must stay, 32 bits of stamp, slot
+# a key by stamp: from bit 43 the pool, bit 42 whether the slot must stay, 32 bits of stamp, slot
+SLOT_MASK = tl.constexpr(MOST - 1)
 STAMP_BIT = tl.constexpr(10)
-POOL_BIT = tl.constexpr(42)
+POOL_BIT = 42
+# a key by worth: from bit 53 the pool, bit 52 whether the slot must stay, 31 bits of worth, 12 of recency, slot
+RECENCY_BIT = tl.constexpr(9)
+RECENCY_MASK = tl.constexpr(4095)
+MOST_AGES = tl.constexpr(AGES)
+WORTH_BIT = tl.constexpr(21)
+WORTH_MASK = tl.constexpr(2**31 - 1)
+RANKED_POOL_BIT = 52
+NOT_MISSING_BIT = tl.constexpr(62)
+RECENT_WORTH = tl.constexpr(RECENT)
 NO_POOL = tl.constexpr(MOST)  # of padding: above every pool
 
 
@@ -44,16 +57,26 @@ def launch_resolve(
         layer.todo_nbytes,
         layer.todo_count,
         layer.counters,
+        layer.rate,
+        layer.used_at,
+        layer.decay,
+        layer.policy.use,
+        layer.policy.gain,
+        len(layer.decay),
         ids.numel(),
         layer.experts,
         layer.slots,
         layer.pools,
         COUNT=count and not keep_current,
         KEEP_CURRENT=keep_current,
+        RANKED=layer.policy.ranked,
+        REFUSES=layer.policy.refuses and not keep_current,
+        POOL_BIT=RANKED_POOL_BIT if layer.policy.ranked else POOL_BIT,
         TILE=tile(ids.numel(), experts),
         EXPERTS=experts,
         SLOTS=slots,
         num_warps=num_warps or warps(max(experts, slots)),
+        enable_fp_fusion=False,  # the twin rounds after each operation
     )
 
 
@@ -104,20 +127,66 @@ def _count_hits(ids, counters, pairs, experts, TILE: tl.constexpr, EXPERTS: tl.c
 
 
 @triton.jit
-def _victims(wanted, owner, stamp, pool, slots, step, KEEP_CURRENT: tl.constexpr, SLOTS: tl.constexpr):
-    """int64 [SLOTS], sorted: pool, then whether the slot must stay, then stamp, then slot."""
+def _worth(rate, used_at, decay, ages, now, expert, real):
+    """float32: what each expert is worth before this call's uses."""
+    age = (now - tl.load(used_at + expert, mask=real, other=0)).to(tl.uint32).to(tl.int64)
+    left = tl.load(decay + tl.minimum(age, ages - 1), mask=real, other=0.0)
+    return tl.load(rate + expert, mask=real, other=0.0) * left
+
+
+@triton.jit
+def _bits(worth):
+    return worth.to(tl.int32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _by_worth(missing, worth, expert):
+    """int32 [EXPERTS]: the missing experts, greatest worth first, then all others."""
+    key = (WORTH_MASK - _bits(worth) << RECENCY_BIT) | expert
+    return (tl.sort(((missing == 0).to(tl.int64) << NOT_MISSING_BIT) | key) & SLOT_MASK).to(tl.int32)
+
+
+@triton.jit
+def _recency(owner, stamp, worth, step, KEEP_CURRENT: tl.constexpr):
+    """int64 [SLOTS]: the worth of a slot's owner and its recency as bits, 0 where it is free."""
+    age = (step - stamp).to(tl.uint32).to(tl.int64)
+    there = tl.gather(worth, tl.maximum(owner, 0), 0)
+    if KEEP_CURRENT:
+        there = tl.where(age <= 1, there + RECENT_WORTH, there)
+    recency = RECENCY_MASK - tl.minimum(age, MOST_AGES)
+    return tl.where(owner >= 0, (_bits(there) << WORTH_BIT) | (recency << RECENCY_BIT), 0)
+
+
+@triton.jit
+def _victims(
+    wanted,
+    owner,
+    stamp,
+    pool,
+    worth,
+    slots,
+    step,
+    KEEP_CURRENT: tl.constexpr,
+    RANKED: tl.constexpr,
+    POOL_BIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """int64 [SLOTS], sorted: pool, then whether the slot must stay, then worth or stamp, then slot."""
     slot = tl.arange(0, SLOTS)
     stays = (owner >= 0) & (tl.gather(wanted, tl.maximum(owner, 0), 0) > 0)
     if KEEP_CURRENT:
         stays = stays | (stamp == step)
     group = tl.where(slot < slots, pool, NO_POOL) * 2 + stays.to(tl.int32)
-    # As unsigned, so that a step counter that wraps after years cannot reach into the bits of the pool.
-    age = (stamp + 1).to(tl.uint32).to(tl.int64)
-    return tl.sort((group.to(tl.int64) << POOL_BIT) | (age << STAMP_BIT) | slot)
+    if RANKED:
+        order = _recency(owner, stamp, worth, step, KEEP_CURRENT)
+    else:
+        # As unsigned, so that a step counter that wraps after years cannot reach into the bits of the pool.
+        order = (stamp + 1).to(tl.uint32).to(tl.int64) << STAMP_BIT
+    return tl.sort((group.to(tl.int64) << POOL_BIT) | order | slot)
 
 
 @triton.jit(
-    do_not_specialize=["pairs", "experts", "slots", "pools"],
+    do_not_specialize=["ages", "pairs", "experts", "slots", "pools"],
     do_not_specialize_on_alignment=["ids", "todo_count"],
 )
 def _resolve(
@@ -138,20 +207,39 @@ def _resolve(
     todo_nbytes,
     todo_count,
     counters,
+    rate,
+    used_at,
+    decay,
+    use,
+    gain,
+    ages,
     pairs,
     experts,
     slots,
     pools,
     COUNT: tl.constexpr,
     KEEP_CURRENT: tl.constexpr,
+    RANKED: tl.constexpr,
+    REFUSES: tl.constexpr,
+    POOL_BIT: tl.constexpr,
     TILE: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    expert = tl.arange(0, EXPERTS)
+    number = tl.arange(0, EXPERTS)
     slot = tl.arange(0, SLOTS)
-    real = expert < experts
     now = tl.load(step)
+    expert = number
+    asked = number
+    worth = number
+    if RANKED:
+        asked = wanted_experts(ids, pairs, experts, TILE, EXPERTS)
+        worth = _worth(rate, used_at, decay, ages, now, number, number < experts)
+        if not KEEP_CURRENT:
+            worth = tl.where(asked > 0, worth + use, worth)
+        absent = tl.load(slot_of + number, mask=number < experts, other=0) < 0
+        expert = _by_worth((asked > 0) & absent, worth, number)
+    real = expert < experts
     old_slot = tl.load(slot_of + expert, mask=real, other=-1)
     host = tl.load(host_address + expert, mask=real, other=0)
     size = tl.load(nbytes + expert, mask=real, other=0)
@@ -160,10 +248,14 @@ def _resolve(
     stamps = tl.load(stamp + slot, mask=slot < slots, other=-1)
     pool_at = tl.load(pool_of_slot + slot, mask=slot < slots, other=0)
 
-    wanted = wanted_experts(ids, pairs, experts, TILE, EXPERTS)
+    if RANKED:
+        wanted = tl.gather(asked, expert, 0)
+    else:
+        asked = wanted_experts(ids, pairs, experts, TILE, EXPERTS)
+        wanted = asked
     hit = (wanted > 0) & (old_slot >= 0)
     miss = (wanted > 0) & (old_slot < 0)
-    ranked = _victims(wanted, owners, stamps, pool_at, slots, now, KEEP_CURRENT, SLOTS)
+    ranked = _victims(asked, owners, stamps, pool_at, worth, slots, now, KEEP_CURRENT, RANKED, POOL_BIT, SLOTS)
 
     place = tl.zeros([EXPERTS], dtype=tl.int32)
     each = 0
@@ -174,6 +266,10 @@ def _resolve(
     inside = miss & (place < SLOTS)
     victim = tl.gather(ranked, tl.where(inside, place, 0), 0)
     moved = inside & ((victim >> POOL_BIT) == pool * 2)
+    if REFUSES:
+        free = ((victim >> RECENCY_BIT) & RECENCY_MASK) == 0
+        cost = ((victim >> WORTH_BIT) & WORTH_MASK).to(tl.int32).to(tl.float32, bitcast=True)
+        moved = moved & (free | (tl.gather(worth, expert, 0) + gain > cost))
     new_slot = tl.where(moved, (victim & SLOT_MASK).to(tl.int32), old_slot)
     evicted = tl.gather(owners, tl.where(moved, new_slot, 0), 0)
     gone = moved & (evicted >= 0)
@@ -182,6 +278,9 @@ def _resolve(
 
     # Threads that hold the same elements twice must have read the tables before any thread writes them.
     tl.debug_barrier()
+    if RANKED and not KEEP_CURRENT:
+        tl.store(rate + number, worth, mask=asked > 0)
+        tl.store(used_at + number, tl.zeros_like(number) + now, mask=asked > 0)
     tl.store(stamp + new_slot, tl.zeros_like(new_slot) + now, mask=hit | moved)
     tl.store(owner + new_slot, expert, mask=moved)
     tl.store(slot_of + expert, new_slot, mask=moved)

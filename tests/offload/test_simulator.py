@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.offload.cache import ExpertCache
+from expertflow_quant.offload.layer_policy import LAYER_POLICIES
 from expertflow_quant.offload.layer_slots import plan_layer_slots
 from expertflow_quant.offload.policies.affinity import Affinity, fit_affinity
 from expertflow_quant.offload.policies.belady import Belady, Future, most_hits
+from expertflow_quant.offload.policies.by_layer import by_layer
 from expertflow_quant.offload.policies.frequency import LFU, Popular, UseRates, popularity
 from expertflow_quant.offload.policies.predictive import Predictive
 from expertflow_quant.offload.policies.scan import ScanResistant
@@ -38,6 +40,9 @@ HOST = {
     "predictive": Predictive,
 }
 """One of each kind that needs nothing but the run."""
+
+SHARES = [[0.1, 0.5, 0.1, 0.9, 0.0, 0.5]] * 2
+"""Of the steps of a recorded run; some are equal."""
 
 FOUR = {name: HOST[name] for name in ("lru", "lfu", "scan", "predictive")}
 
@@ -70,12 +75,20 @@ def test_hits_and_bytes_are_those_of_the_hosts_cache(formats, share, steps, name
     assert found.bytes_moved == cache.stats.bytes_moved
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.sampled_from([ALIKE, MIXED]), st.floats(0, 1), STEPS, st.booleans(), st.sets(st.integers(0, 19)))
-def test_hits_and_bytes_are_those_of_the_devices_cache(formats, share, steps, preload, prefills):
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([ALIKE, MIXED]),
+    st.floats(0, 1),
+    STEPS,
+    st.sampled_from(sorted(LAYER_POLICIES)),
+    st.booleans(),
+    st.sets(st.integers(0, 19)),
+)
+def test_hits_and_bytes_are_those_of_the_devices_cache(formats, share, steps, name, preload, prefills):
     store = store_of(formats)
     budget = max(1, int(store.nbytes * share))
-    resident = ResidentExperts(store, plan_layer_slots(store.layers, budget), "cpu")
+    shares = None if name == "lfu" else SHARES
+    resident = ResidentExperts(store, plan_layer_slots(store.layers, budget), "cpu", name, shares)
     if preload:
         resident.preload()
     streamed = [index in prefills for index in range(len(steps))]
@@ -90,7 +103,8 @@ def test_hits_and_bytes_are_those_of_the_devices_cache(formats, share, steps, pr
                 misses[layer] += len(wanted) - there
             else:
                 resident.resolve(layer, routed(wanted))
-    found = replay(steps, store.layers, budget, HOST["lru"], None, streamed, slots="layers", preload=preload)
+    host = by_layer(name, shares)
+    found = replay(steps, store.layers, budget, host, None, streamed, slots="layers", preload=preload)
     for layer, stats in enumerate(resident.stats.layers):
         assert found.layers[layer] == LayerStats(stats.hits + hits[layer], stats.misses + misses[layer])
     if not prefills:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertflow_quant.formats.errors import ExpertFlowError
+from expertflow_quant.offload.layer_policy import LAYER_POLICIES
 from expertflow_quant.offload.layer_slots import plan_layer_slots
 from expertflow_quant.offload.resident_tables import MOST, ResidentTables
 from expertflow_quant.offload.resolve import count_hits, resolve, resolve_reference
@@ -14,12 +15,15 @@ from expertflow_quant.offload.slots import LayerRecords
 SIZES = (256, 512, 768)
 
 
-def tables_of(layers, plan, device):
-    """Tables with addresses that nobody reads."""
+def tables_of(layers, plan, device, policy="lru"):
+    """Tables with addresses that nobody reads, and shares with equals among them."""
     host = [[2**40 + (layer * 1000 + e) * 4096 for e in range(len(each.nbytes))] for layer, each in enumerate(layers)]
     slots = [[2**44 + (layer * 1000 + s) * 4096 for s in range(MOST)] for layer in range(len(layers))]
     counts = [sum(count for _, count in pools) for pools in plan]
-    return ResidentTables(layers, plan, host, [row[:n] for row, n in zip(slots, counts, strict=True)], device)
+    shares = [[e * 7 % 5 / 5 for e in range(len(each.nbytes))] for each in layers]
+    told = None if policy == "lfu" else shares
+    slots = [row[:n] for row, n in zip(slots, counts, strict=True)]
+    return ResidentTables(layers, plan, host, slots, device, policy, told)
 
 
 def assert_same(ours, twin):
@@ -31,8 +35,8 @@ def assert_same(ours, twin):
 class Pair:
     """The kernel's tables on a device and the twin's on the CPU, asked the same."""
 
-    def __init__(self, layers, plan, device):
-        self.ours, self.twin = tables_of(layers, plan, device), tables_of(layers, plan, "cpu")
+    def __init__(self, layers, plan, device, policy="lru"):
+        self.ours, self.twin = (tables_of(layers, plan, each, policy) for each in (device, "cpu"))
         self.device = device
 
     def begin_step(self):
@@ -71,10 +75,12 @@ def calls(draw):
     return draw(st.integers(0, 1)), ids.view(-1, top_k), mode, draw(st.booleans())
 
 
-@settings(max_examples=30, deadline=None)
-@given(model=models(), sequence=st.lists(calls(), min_size=1, max_size=8))
-def test_kernel_and_twin_agree(model, sequence, device):
-    pair = Pair(*model, device)
+@settings(max_examples=60, deadline=None)
+@given(
+    model=models(), sequence=st.lists(calls(), min_size=1, max_size=8), policy=st.sampled_from(sorted(LAYER_POLICIES))
+)
+def test_kernel_and_twin_agree(model, sequence, policy, device):
+    pair = Pair(*model, device, policy)
     for layer, ids, mode, begins in sequence:
         if begins:
             pair.begin_step()
@@ -82,16 +88,26 @@ def test_kernel_and_twin_agree(model, sequence, device):
 
 
 @pytest.mark.parametrize(
-    ("experts", "share", "tokens", "top_k"),
-    [(128, 0.25, 1, 8), (128, 0.25, 32, 8), (60, 0.5, 5, 4), (512, 1.0, 32, 16), (512, 0.5, 32, 22)],
+    ("experts", "share", "tokens", "top_k", "policy"),
+    [
+        (128, 0.25, 1, 8, "lru"),
+        (128, 0.25, 1, 8, "lfu"),
+        (128, 0.25, 32, 8, "lru"),
+        (128, 0.5, 5, 8, "predictive"),
+        (60, 0.5, 5, 4, "static"),
+        (512, 1.0, 32, 16, "lru"),
+        (512, 0.5, 32, 22, "lru"),
+        (512, 0.5, 9, 22, "lfu"),
+    ],
 )
-def test_at_real_widths(experts, share, tokens, top_k, device):
+def test_at_real_widths(experts, share, tokens, top_k, policy, device):
     generator = torch.Generator().manual_seed(experts + tokens)
     layers = [LayerRecords(tuple(SIZES[e % 7 // 3] for e in range(experts)), top_k)]
-    pair = Pair(layers, plan_layer_slots(layers, int(sum(layers[0].nbytes) * share)), device)
+    pair = Pair(layers, plan_layer_slots(layers, int(sum(layers[0].nbytes) * share)), device, policy)
     for _ in range(5):
         pair.begin_step()
         popular = torch.rand(tokens, experts, generator=generator) ** torch.linspace(0.2, 5, experts)
+        pair.resolve(0, popular.topk(top_k).indices[:, : top_k // 2].contiguous(), keep_current=True)
         pair.resolve(0, popular.topk(top_k).indices)
     assert pair.twin.counters[0, 0] > 0
     assert pair.twin.counters[0, 1] > 0
@@ -105,6 +121,18 @@ def test_a_step_that_wrapped_does_not_disturb_sizes(device):
             tables.step.fill_(step)
         resolve(pair.ours.layer(0), torch.tensor([[step % 2, 2 + step % 2]], device=device))
         assert pair.ours.owner[0, :2].tolist() == [step % 2, 2 + step % 2]
+
+
+@pytest.mark.parametrize("policy", ["lfu", "predictive"])
+def test_rates_agree_after_many_steps_and_when_the_counter_wraps(policy, device):
+    pair = Pair([LayerRecords((256,) * 20, 1)], (((256, 5),),), device, policy)
+    for start in (0, 3000, 10**7, 2**31 - 4):
+        for tables in (pair.ours, pair.twin):
+            tables.step.fill_(start)
+        for step in range(8):
+            pair.resolve(0, torch.tensor([[step % 3, 5 + step]]))
+            pair.begin_step()
+    assert float(pair.twin.rate.max()) < 1
 
 
 def test_hits_are_counted_once_per_expert(device):

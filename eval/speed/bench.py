@@ -18,6 +18,7 @@ from expertflow_quant.checkpoint.reader import CheckpointReader
 from expertflow_quant.formats import BF16, ExpertFlowError, Format, RecordLayout
 from expertflow_quant.models.seams import model_class, read_config
 from expertflow_quant.offload.budget import format_bytes
+from expertflow_quant.offload.layer_policy import BEST_LAYER_POLICY
 from expertflow_quant.offload.slots import minimum_bytes
 from expertflow_quant.offload.store import ExpertStore
 
@@ -99,12 +100,14 @@ class CheckpointTarget:
 
 @dataclass
 class Bench:
-    """A target on a device, its sizes, and the host copy of its experts, of which it keeps the latest only."""
+    """A target on a device, its sizes, and the host copy of its experts, of which it keeps the latest only. ``policy``:
+    which expert makes room on our fast path."""
 
     target: Target
     device: torch.device
     seed: int = 0
     baseline_layers: int | None = None
+    policy: str = BEST_LAYER_POLICY
     dtype: torch.dtype = field(init=False)
     layers: tuple[MoeLayer, ...] = field(init=False)
     sizes: ModelSizes = field(init=False)

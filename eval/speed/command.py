@@ -28,6 +28,12 @@ from eval.speed.traces import SKEW, Trace, calibrate, load_trace, save_trace, sy
 from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.models.device import pick_device
 from expertflow_quant.offload.budget import parse_budget
+from expertflow_quant.offload.layer_policy import (
+    BEST_LAYER_POLICY,
+    LAYER_POLICIES,
+    layer_policy,
+    refuse_without_usage,
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ def speed(
         float | None, typer.Option(help="chance that a token keeps an expert [default: 70 % hits of an LRU at 25 %]")
     ] = None,
     save_routes: Annotated[Path | None, typer.Option(help="write the routes here, to run them again")] = None,
+    policy: Annotated[
+        str, typer.Option(help=f"which expert makes room on our fast path: {', '.join(LAYER_POLICIES)}")
+    ] = BEST_LAYER_POLICY,
     systems: Annotated[str | None, typer.Option(help=f"{','.join(s.name for s in SYSTEMS)} [default: all]")] = None,
     baseline_layers: Annotated[int | None, typer.Option(min=1, help="layers that accelerate gets; scaled")] = None,
     time_limit: Annotated[float, typer.Option(help="seconds that prefills, warm-up and steps may each take")] = 60.0,
@@ -68,7 +77,8 @@ def speed(
     try:
         specs = chosen_systems(systems)
         found = find_target(target, layers, tiny, format, seed)
-        bench = Bench(found, pick_device(device), seed, baseline_layers)
+        refuse_without_usage(layer_policy(policy), None)
+        bench = Bench(found, pick_device(device), seed, baseline_layers, policy)
         settings = make_settings(bench, resident or ["25%"], batch or [1], prompt or [2048], new_tokens, warm)
         options = TraceOptions(trace, skew, stickiness, seed)
         routes = make_trace(bench, settings, options)
@@ -88,7 +98,13 @@ def speed(
         "prompt": prompt or [2048],
         "seed": seed,
     }
-    asked |= {"new_tokens": new_tokens, "warm": warm, "time_limit_s": time_limit, "systems": [s.name for s in specs]}
+    asked |= {
+        "policy": policy,
+        "new_tokens": new_tokens,
+        "warm": warm,
+        "time_limit_s": time_limit,
+        "systems": [s.name for s in specs],
+    }
     if any(spec.looks_ahead for spec in specs):
         asked["predictions"] = Predictions.measured().to_json()
     results = speed_json(

@@ -40,7 +40,8 @@ class TraceRunner:
         made.model.expert_store = bench.store(bench.target.format)
         tokens, room = setting.batch * setting.prompt, setting.prompt + setting.warm + setting.new_tokens + 1
         captured = tuple(bucket for bucket in BUCKETS if bucket >= setting.batch)[:1] or BUCKETS
-        options, sizes = FastOptions(setting.batch, room, tokens, captured=captured), bench.routes
+        options = FastOptions(setting.batch, room, tokens, captured=captured, policy=bench.policy)
+        sizes = bench.routes
         rows = options.buckets[-1]
         self._step = torch.full((sizes.layers, rows, sizes.top_k), sizes.experts, device=bench.device)
         self._routes: Tensor = self._step

@@ -39,6 +39,10 @@ class LayerPolicy:
     gain: float = inf
 
     @property
+    def needs_shares(self) -> bool:
+        return self.ranked and self.half_life is None
+
+    @property
     def refuses(self) -> bool:
         """Whether a missing expert may get no slot although there is one that could be taken."""
         return self.gain < inf
@@ -67,6 +71,9 @@ LAYER_POLICIES = {
     )
 }
 
+BEST_LAYER_POLICY = "lfu"
+"""Hits most at real sizes, and no less than "lru" on any trace (eval/results/device-policies.json)."""
+
 
 def layer_policy(name: str) -> LayerPolicy:
     """The policy ``name``. Raises ExpertFlowError for one that is not known."""
@@ -75,16 +82,21 @@ def layer_policy(name: str) -> LayerPolicy:
     return LAYER_POLICIES[name]
 
 
+def refuse_without_usage(policy: LayerPolicy, usage: object | None) -> None:
+    """Raises ExpertFlowError where ``policy`` needs a recorded run and ``usage`` is none."""
+    if policy.needs_shares and usage is None:
+        raise ExpertFlowError(
+            f"policy {policy.name!r} needs a recorded run to learn from: give a trace of this model as usage "
+            "(`python -m calibration trace`), or use another one"
+        )
+
+
 def first_worth(policy: LayerPolicy, experts: Sequence[int], shares: Scores | None) -> list[list[float]]:
     """Every expert's rate before the first step, float32 ``[layers][experts]``: the ``shares`` of a recorded run's
     steps that used it (``popularity``), or 0 where there are none or worth is nothing to the policy. Raises
     ExpertFlowError for a policy that needs shares and gets none, and for shares of another model, or below 0."""
+    refuse_without_usage(policy, shares)
     if shares is None or not policy.ranked:
-        if policy.ranked and policy.half_life is None:
-            raise ExpertFlowError(
-                f"policy {policy.name!r} needs a recorded run to learn from: give a trace of this model as usage "
-                "(`python -m calibration trace`), or use another one"
-            )
         return [[0.0] * count for count in experts]
     if [len(row) for row in shares] != list(experts):
         raise ExpertFlowError(

@@ -197,6 +197,7 @@ def test_a_checkpoint_runs_with_its_own_experts(small_int4, tmp_path):
         (["OLMoE", "--tiny", "--trace", "absent.npz"], "is no trace"),
         (["OLMoE", "--tiny", "--format", "int4-g128"], "does not divide"),
         (["OLMoE", "--tiny", "--device", "tpu"], "tpu"),
+        (["OLMoE", "--tiny", "--policy", "fifo"], "policy 'fifo' is not known"),
     ],
 )
 def test_what_cannot_be_run_is_said_and_nothing_is_written(arguments, said, tmp_path):

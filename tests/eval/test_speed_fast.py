@@ -1,6 +1,7 @@
 """The fast path under a trace: what it keeps and moves is what the trace asks for, whatever the weights route."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from eval.speed.fast import OURS, TraceRunner
 from eval.speed.measure import prompt_tokens
 from eval.speed.systems import Setting
 from eval.speed.traces import synthetic
-from expertflow_quant.offload.resolve import SlotBook
+from expertflow_quant.offload.layer_slots import plan_layer_slots
+from expertflow_quant.offload.policies.by_layer import by_layer
+from expertflow_quant.offload.simulator import replay
 
 CPU = torch.device("cpu")
 PROMPT, STEPS = 10, 12
@@ -41,19 +44,18 @@ def decoded(bench, share, rows, ahead=0):
     return runner.counters(), runner
 
 
-def test_hits_are_those_of_the_caches_rule_on_the_trace(bench):
-    counters, runner = decoded(bench, 0.75, 1)
+@pytest.mark.parametrize("policy", ["lru", "lfu", "predictive"])
+def test_hits_are_those_of_the_host_s_policy_on_the_trace(bench, policy):
+    counters, runner = decoded(replace(bench, policy=policy), 0.75, 1)
     _, decode, _ = routes_of(bench, 1)
-    hits, misses = 0, 0
-    for layer, pools in enumerate(runner._runner.resident.plan):
-        ((_, slots),) = pools
-        book = SlotBook(list(range(slots)), [0] * slots, [0] * slots, [0] * bench.routes.experts)
-        for step, routed in enumerate(decode[:, layer], start=1):
-            outcome = book.resolve(set(routed.flatten().tolist()), step)
-            hits, misses = hits + len(outcome.hits), misses + len(outcome.misses)
-    assert misses > 0
-    assert (counters.hits, counters.misses) == (hits, misses)
-    assert counters.bytes_moved == misses * runner._runner.resident.store.layers[0].nbytes[0]
+    resident = runner._runner.resident
+    layers, budget = resident.store.layers, resident.device_bytes
+    assert plan_layer_slots(layers, budget) == resident.plan
+    steps = [[set(routed.flatten().tolist()) for routed in step] for step in decode]
+    found = replay(steps, layers, budget, by_layer(policy), slots="layers", preload=True)
+    assert found.misses > 0
+    assert (counters.hits, counters.misses) == (found.hits, found.misses)
+    assert counters.bytes_moved == found.bytes_moved
 
 
 def test_nothing_moves_where_all_experts_are_resident(bench):
@@ -93,8 +95,12 @@ def test_the_command_runs_both(tmp_path):
     out = tmp_path / "fast.json"
     arguments = ["Qwen3-30B-A3B", "--tiny", "--device", "cpu", "--prompt", "12", "--new-tokens", "4", "--warm", "2"]
     names = [spec.name for spec in OURS]
-    outcome = CliRunner().invoke(app, ["speed", *arguments, "--systems", ",".join(names), "--out", str(out)])
+    outcome = CliRunner().invoke(
+        app, ["speed", *arguments, "--policy", "predictive", "--systems", ",".join(names), "--out", str(out)]
+    )
     assert outcome.exit_code == 0, outcome.output
-    figures = json.loads(out.read_text())["figures"]
+    results = json.loads(out.read_text())
+    assert results["settings"]["policy"] == "predictive"
+    figures = results["figures"]
     assert [figure["system"] for figure in figures] == names
     assert all(figure["refused"] is None and figure["decode"]["tokens_per_s"] > 0 for figure in figures)

@@ -13,7 +13,9 @@ from expertflow_quant.formats import RECORD_ALIGNMENT, ExpertFlowError
 from expertflow_quant.kernels import UNIT, LayoutTable
 from expertflow_quant.models.seams import image_ids
 from expertflow_quant.offload.budget import BudgetError, format_bytes, format_bytes_up
+from expertflow_quant.offload.layer_policy import BEST_LAYER_POLICY, layer_policy, refuse_without_usage
 from expertflow_quant.offload.layer_slots import Pools, plan_layer_slots
+from expertflow_quant.offload.policies.named import Usage
 from expertflow_quant.offload.predict_paths import PathPredictor
 from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.resident_tables import MOST
@@ -57,7 +59,8 @@ class FastOptions:
     on would want it of the present hidden states; the folder of a trained predictor, if that finds it likely.
     ``look_ahead_layers``: how much further on, by default NEXT_GATE_LAYERS or FORETOLD_LAYERS. ``captured``: the batch
     sizes that have a graph, for a faster start; rows in between take the next larger one. ``slots``: the file of a
-    plan's slots for each layer; without one all layers get the same share."""
+    plan's slots for each layer; without one all layers get the same share. ``policy``: which expert makes room, one of
+    LAYER_POLICIES; ``usage``: a recorded run, which "static" goes by and counts may start from."""
 
     rows: int = 8
     room: int = 4096
@@ -68,11 +71,14 @@ class FastOptions:
     look_ahead_layers: int | None = None
     captured: tuple[int, ...] = BUCKETS
     slots: str | Path | None = None
+    policy: str = BEST_LAYER_POLICY
+    usage: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("rows", 1), ("room", 2), ("prefill_tokens", 1), ("look_ahead_layers", 1)):
             if (given := getattr(self, name)) is not None and given < least:
                 raise ExpertFlowError(f"{name} {given} must be at least {least}")
+        refuse_without_usage(layer_policy(self.policy), self.usage)
         if self.look_ahead not in (OFF, NEXT_GATE) and not Path(self.look_ahead).is_dir():
             raise ExpertFlowError(
                 f"look_ahead {self.look_ahead!r} is not known: use {OFF!r}, {NEXT_GATE!r} or the folder of a trained "
@@ -148,7 +154,10 @@ def build_fast(
     findings = probe(model, device)
     shared = share_expert_memory(store.layers, expert_budget)
     told("placing experts")
-    resident = ResidentExperts(store, _slot_plan(store.layers, shared, options.slots), device)
+    plan, shares = _slot_plan(store.layers, shared, options.slots), None
+    if options.usage is not None:
+        shares = Usage.load(options.usage, [len(layer.nbytes) for layer in store.layers]).shares
+    resident = ResidentExperts(store, plan, device, policy=options.policy, shares=shares)
     resident.preload()
     ring = StagingRing(device, shared.ring_slots, shared.record_bytes, shared.chunk)
     streamed = StreamedExperts(resident, store, ring, options.stream)

@@ -51,8 +51,11 @@ class DecodePass:
         self._kv, self._resident, self._overflow, self._gates = kv, resident, overflow, gates
         self._tokens = tokens[:rows]
         self._active, self._rows, self._routes, self._ahead = active[:rows], rows, routes, ahead
-        layers = zip(resident.store.layers, resident.plan, strict=True)
-        self._overflows = [may_overflow(records, pools, rows) for records, pools in layers]
+        layers = enumerate(zip(resident.store.layers, resident.plan, strict=True))
+        self._overflows = [
+            may_overflow(records, pools, rows) or (resident.refuses and not resident.all_resident(layer))
+            for layer, (records, pools) in layers
+        ]
         self._filled: dict[int, Any] = {}
         self._forked: set[Any] = set()
 

@@ -209,6 +209,8 @@ def test_another_activation_is_not_fused():
         ({"rows": 33}, "give at most 32"),
         ({"room": 1}, "room 1 must be at least 2"),
         ({"prefill_tokens": 0}, "prefill_tokens 0"),
+        ({"policy": "fifo"}, "policy 'fifo' is not known: use one of lru, lfu, static, predictive"),
+        ({"policy": "static"}, "needs a recorded run"),
     ],
 )
 def test_options_out_of_range_are_refused(options, named):

@@ -1,6 +1,8 @@
 """``python -m eval cache TRACE... --fit TRACE... --out FILE``: hit rate against budget for every policy."""
 
 import sys
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,16 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.cache.contenders import Case, fit_for
+from eval.cache.fast_path import TIMED, WARM, drawn, leads, measured, parse_sizes, recorded
+from eval.cache.fast_path_plot import fast_path_figure
 from eval.cache.measure import ARRANGEMENTS, case_curves, described, label, verdicts
 from eval.cache.plots import cache_figure
 from eval.cache.workload import WORKLOADS
 from eval.plots import save
 from eval.provenance import provenance, short_path
-from eval.report import make_console, write_json
+from eval.report import cells_table, make_console, write_json
 from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.offload.ahead import THRESHOLD
 from expertflow_quant.offload.simulator import Link
 from expertflow_quant.offload.slots import LayerRecords
+from expertflow_quant.offload.synthetic_trace import RouteSizes
 from expertflow_quant.offload.trace import RoutingTrace
 
 BUDGETS = (0.12, 0.18, 0.25, 0.32, 0.40, 0.50)
@@ -33,6 +38,9 @@ def cache(
     record_bytes: Annotated[int, typer.Option(min=1, help="of one expert")] = 1 << 20,
     link_records: Annotated[float, typer.Option(help="records that the link moves while a layer computes")] = 1.0,
     workload: Annotated[list[str] | None, typer.Option(help="default: all of them")] = None,
+    fast_path: Annotated[bool, typer.Option("--fast-path", help="the device's policies, on drawn routes too")] = False,
+    drawn_sizes: Annotated[str, typer.Option(help="of drawn routes: layers x experts x top k")] = "48x128x8",
+    seed: Annotated[list[int] | None, typer.Option(help="of drawn routes [default: 0, 1]")] = None,
 ) -> None:
     """Hits, bytes and modelled time of cache policies on recorded routes, beside Belady's optimum."""
     console = make_console()
@@ -43,6 +51,12 @@ def cache(
             raise ValueError(f"no workload of these names: use {', '.join(repr(each.name) for each in WORKLOADS)}")
         fits = [RoutingTrace.load(path) for path in fit]
         link = Link(link_records * record_bytes, 1.0)
+        if fast_path:
+            judged = [(path, RoutingTrace.load(path)) for path in traces]
+            asked = [Case(each, trace, path, fit_for(trace, fits)) for path, trace in judged for each in chosen]
+            sizes = parse_sizes(drawn_sizes)
+            run_fast_path(out, asked, sizes, [0, 1] if seed is None else seed, shares, console)
+            return
         cases = []
         for path in traces:
             trace = RoutingTrace.load(path)
@@ -65,6 +79,24 @@ def run_case(case: Case, record_bytes: int, shares: list[float], link: Link) -> 
         "verdicts": {slots: verdicts(part) for slots, part in parts.items()},
         "curves": curves,
     }
+
+
+def run_fast_path(
+    out: Path, asked: list[Case], sizes: RouteSizes, seeds: list[int], shares: list[float], console: Console
+) -> None:
+    """The device's policies on drawn routes and on ``asked``: a table for each, the JSON file and the plot."""
+    cases = []
+    for routes in chain(drawn(sizes, seeds), map(recorded, asked)):
+        cases.append(measured(routes, shares))
+        rates = cases[-1]["hit_rate"].items()
+        rows = [[policy, *(f"{100 * rate:.1f}" for rate in found)] for policy, found in rates]
+        console.print(cells_table(f"{routes.name}: hits, %", ["policy", *(f"{100 * s:g} %" for s in shares)], rows))
+    settings = {"budgets": shares, "drawn": asdict(sizes), "seeds": seeds, "warm": WARM, "timed": TIMED}
+    made = provenance("eval", sys.argv[1:], "cpu")
+    results = {"made": made, "settings": settings, "lead_over_lru_points": leads(cases), "cases": cases}
+    write_json(out, results)
+    save(fast_path_figure(results), out.with_suffix(".png"))
+    console.print(f"{short_path(out)}, {short_path(out.with_suffix('.png'))}", highlight=False)
 
 
 def case_table(case: dict[str, Any], shares: list[float]) -> Table:

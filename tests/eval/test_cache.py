@@ -11,11 +11,16 @@ from typer.testing import CliRunner
 from eval.__main__ import app
 from eval.cache.command import cache
 from eval.cache.contenders import Case, contenders, fit_for, predictions
+from eval.cache.fast_path import BOUND
 from eval.cache.measure import bound, verdicts
 from eval.cache.workload import WORKLOADS, Workload, affinity_scores, calibrated, joined, oracle_scores, recall
+from eval.speed.trace_stats import lru_hit_rate
+from eval.speed.traces import calibrate, synthetic
+from expertflow_quant.offload.layer_policy import LAYER_POLICIES
 from expertflow_quant.offload.policies.affinity import fit_affinity
 from expertflow_quant.offload.simulator import Link, replay
 from expertflow_quant.offload.slots import LayerRecords
+from expertflow_quant.offload.synthetic_trace import RouteSizes
 from expertflow_quant.offload.trace import GENERATED, PROMPT_TEXT, RoutingTrace, batched_requests
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -171,9 +176,39 @@ def test_the_command_writes_figures_and_a_plot(tmp_path):
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_the_fast_path_s_policies_are_judged_on_drawn_and_recorded_routes(tmp_path):
+    make_trace(0, 20).save(tmp_path / "test.safetensors")
+    make_trace(1, 20).save(tmp_path / "fit.safetensors")
+    out = tmp_path / "device.json"
+    asked = [tmp_path / "test.safetensors", "--fit", tmp_path / "fit.safetensors", "--out", out, "--fast-path"]
+    done = run(*asked, "--drawn-sizes", "2x32x4", "--seed", 3, "--budget", 0.25, "--budget", 0.5)
+    assert done.exit_code == 0, done.output
+    results = json.loads(out.read_text())
+    cases = {case["routes"]: case["hit_rate"] for case in results["cases"]}
+    assert len(cases) == 2 + len(WORKLOADS)
+    for rates in cases.values():
+        assert set(LAYER_POLICIES) <= set(rates)
+        best = rates.get(BOUND, [1.0, 1.0])
+        assert all(0 < rate <= most for name in LAYER_POLICIES for rate, most in zip(rates[name], best, strict=True))
+    trace = synthetic(
+        RouteSizes(2, 32, 4), steps=160, rows=8, prompt=512, stickiness=calibrate(RouteSizes(2, 32, 4)), seed=3
+    )
+    for rows in (1, 8):
+        lru = [lru_hit_rate(trace.decode[:, :, :rows], 32, slots, skip=32) for slots in (8, 16)]
+        assert cases[f"drawn, {rows} row(s), seed 3"]["lru"] == pytest.approx(lru, abs=0.01)
+    lead = results["lead_over_lru_points"]["drawn"]["lfu"]
+    drawn = [rates for name, rates in cases.items() if name.startswith("drawn")]
+    points = [100 * (a - b) for rates in drawn for a, b in zip(rates["lfu"], rates["lru"], strict=True)]
+    assert lead["least"] == pytest.approx(min(points), abs=0.01)
+    assert lead["mean"] == pytest.approx(sum(points) / len(points), abs=0.01)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--fast-path", "--drawn-sizes", "48x8"], "sizes of routes '48x8'"),
+        (["--fast-path", "--drawn-sizes", "2x4x8"], "like 48x128x8"),
         (["--workload", "nothing"], "no workload of these names"),
         (["--link-records", "0"], "more than 0 bytes"),
         (["--budget", "0.0001"], "expert memory"),

@@ -18,9 +18,10 @@ ALIKE = [["int4-g16"] * 4] * 2
 MIXED = [list((FORMATS * 2)[: 6 - layer]) for layer in range(2)]
 
 
-def resident_of(formats, share=0.5, device="cpu"):
+def resident_of(formats, share=0.5, device="cpu", policy="lru"):
     store = store_of(formats, device)
-    return ResidentExperts(store, plan_layer_slots(store.layers, max(1, int(store.nbytes * share))), device)
+    plan = plan_layer_slots(store.layers, max(1, int(store.nbytes * share)))
+    return ResidentExperts(store, plan, device, policy)
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,35 +125,35 @@ def test_a_gpu_cannot_read_records_that_are_not_pinned():
 
 
 @pytest.mark.cuda
-def test_a_captured_step_does_what_the_cpu_does():
-    ours, twin = resident_of(MIXED, 0.5, "cuda"), resident_of(MIXED, 0.5)
+@pytest.mark.parametrize("policy", ["lru", "lfu", "predictive"])
+def test_a_captured_step_does_what_the_cpu_does(policy):
+    ours, twin = (resident_of(MIXED, 0.5, device, policy) for device in ("cuda", "cpu"))
     ids = torch.zeros(4, 1, dtype=torch.int64, device="cuda")
 
-    def step():
-        ours.begin_step()
+    def step(resident, ids):
+        resident.begin_step()
         for layer in range(2):
-            ours.resolve(layer, ids)
-            ours.fill(layer)
+            resident.resolve(layer, ids)
+            resident.fill(layer)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        step()
+        step(ours, ids)
     side.synchronize()
+    step(twin, ids.cpu())  # a use counts, whatever is preloaded after it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
+        step(ours, ids)
     ours.preload()
     twin.preload()
     ours.reset_stats()
+    twin.reset_stats()
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         routes = torch.randint(0, 7, (4, 1), generator=generator)
         ids.copy_(routes)
         graph.replay()
-        twin.begin_step()
-        for layer in range(2):
-            twin.resolve(layer, routes)
-            twin.fill(layer)
+        step(twin, routes)
         assert torch.equal(ours.slot_of.cpu(), twin.slot_of)
         check_tables(ours)
         check_bytes(ours)

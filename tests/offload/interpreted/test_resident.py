@@ -14,15 +14,17 @@ MODEL = [list((FORMATS * 2)[: 6 - layer]) for layer in range(2)]
 @given(
     share=st.floats(0, 1),
     preloaded=st.booleans(),
+    policy=st.sampled_from(["lru", "predictive"]),
     steps=st.lists(
         st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.lists(st.integers(0, 6), max_size=3)),
         min_size=1,
         max_size=5,
     ),
 )
-def test_slots_hold_their_owners_records_at_any_budget(share, preloaded, steps, device):
+def test_slots_hold_their_owners_records_at_any_budget(share, preloaded, policy, steps, device):
     store = store_of(MODEL, device)
-    resident = ResidentExperts(store, plan_layer_slots(store.layers, max(1, int(store.nbytes * share))), device)
+    plan = plan_layer_slots(store.layers, max(1, int(store.nbytes * share)))
+    resident = ResidentExperts(store, plan, device, policy)
     if preloaded:
         resident.preload()
         check_bytes(resident)

@@ -94,7 +94,7 @@ def refuse_without_usage(policy: LayerPolicy, usage: object | None) -> None:
 def first_worth(policy: LayerPolicy, experts: Sequence[int], shares: Scores | None) -> list[list[float]]:
     """Every expert's rate before the first step, float32 ``[layers][experts]``: the ``shares`` of a recorded run's
     steps that used it (``popularity``), or 0 where there are none or worth is nothing to the policy. Raises
-    ExpertFlowError for a policy that needs shares and gets none, and for shares of another model, or below 0."""
+    ExpertFlowError for a policy that needs shares and gets none, and for shares of another model, or not from 0 to 1."""
     refuse_without_usage(policy, shares)
     if shares is None or not policy.ranked:
         return [[0.0] * count for count in experts]
@@ -103,6 +103,6 @@ def first_worth(policy: LayerPolicy, experts: Sequence[int], shares: Scores | No
             f"shares of {[len(row) for row in shares]} experts by layer, the model has {list(experts)}: give the "
             "popularity of this model"
         )
-    if not all(0 <= share < inf for row in shares for share in row):
-        raise ExpertFlowError("a share of steps is below 0 or none at all: give numbers from 0 to 1")
+    if not all(0 <= share <= 1 for row in shares for share in row):
+        raise ExpertFlowError("a share of steps is below 0, above 1 or no number: give the popularity of this model")
     return [[single(share) for share in row] for row in shares]

@@ -147,8 +147,8 @@ def test_preload_takes_the_popular_and_static_keeps_them():
         ("fifo", None, "policy 'fifo' is not known: use one of lru, lfu, static, predictive"),
         ("static", None, "needs a recorded run"),
         ("static", [[0.5] * 3], "give the popularity of this model"),
-        ("lfu", [[0.5] * 5 + [-1.0]], "below 0"),
-        ("lfu", [[0.5] * 5 + [float("nan")]], "below 0"),
+        ("lfu", [[0.5] * 5 + [1.5]], "above 1"),
+        ("lfu", [[0.5] * 5 + [float("nan")]], "no number"),
     ],
 )
 def test_policies_that_cannot_be_are_refused(name, shares, said):

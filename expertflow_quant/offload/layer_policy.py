@@ -94,7 +94,8 @@ def refuse_without_usage(policy: LayerPolicy, usage: object | None) -> None:
 def first_worth(policy: LayerPolicy, experts: Sequence[int], shares: Scores | None) -> list[list[float]]:
     """Every expert's rate before the first step, float32 ``[layers][experts]``: the ``shares`` of a recorded run's
     steps that used it (``popularity``), or 0 where there are none or worth is nothing to the policy. Raises
-    ExpertFlowError for a policy that needs shares and gets none, and for shares of another model, or not from 0 to 1."""
+    ExpertFlowError for a policy that needs shares and gets none, for shares of another model, and for one that is not
+    from 0 to 1."""
     refuse_without_usage(policy, shares)
     if shares is None or not policy.ranked:
         return [[0.0] * count for count in experts]

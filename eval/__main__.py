@@ -20,8 +20,8 @@ from eval.comparison import Comparison, compare
 from eval.curves.command import curves
 from eval.harness.command import lmms
 from eval.judge import Judgement, System, judge
-from eval.plans.command import plans
 from eval.peers.command import peers
+from eval.plans.command import plans
 from eval.plots import judgement_figure, save
 from eval.predict.command import predict
 from eval.provenance import provenance

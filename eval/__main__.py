@@ -25,8 +25,8 @@ from eval.plans.command import plans
 from eval.plots import judgement_figure, save
 from eval.predict.command import predict
 from eval.provenance import provenance
-from eval.quantizers.command import quantizers
 from eval.quantize_speed.command import quantize_speed
+from eval.quantizers.command import quantizers
 from eval.report import (
     comparisons_table,
     items_to_decide,

@@ -38,7 +38,9 @@ Fast = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    typer.Option("--policy", help="Which expert makes room on the plain path: lru, scan, lfu, static, predictive."),
+    typer.Option(
+        "--policy", help="Which expert makes room: lru, lfu, static, predictive; plain path: scan too."
+    ),
 ]
 Predictor = Annotated[
     str | None,
@@ -47,7 +49,8 @@ Predictor = Annotated[
     ),
 ]
 Ahead = Annotated[
-    float | None, typer.Option("--ahead", help="Records fetched ahead beside each layer, by the predictor.")
+    float | None,
+    typer.Option("--ahead", help="Records fetched ahead of each layer on the plain path, by the predictor."),
 ]
 Usage = Annotated[Path | None, typer.Option("--usage", help="Recorded trace of this model to learn use from.")]
 Slots = Annotated[Path | None, typer.Option("--slots", help="Slots of each layer, as calibration plan writes them.")]

@@ -13,6 +13,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.formats.record import FIELD_ALIGNMENT, RECORD_ALIGNMENT
 from expertflow_quant.kernels import LayoutTable
 from expertflow_quant.offload import fill, resolve
+from expertflow_quant.offload.layer_policy import LayerPolicy
 from expertflow_quant.offload.layer_slots import Pools
 from expertflow_quant.offload.policy import Scores
 from expertflow_quant.offload.resident_tables import ABSENT, LayerTables, ResidentTables
@@ -71,9 +72,14 @@ class ResidentExperts:
         return self._tables.plan
 
     @property
+    def policy(self) -> LayerPolicy:
+        """Who makes room."""
+        return self._tables.policy
+
+    @property
     def refuses(self) -> bool:
         """Whether the policy may leave an expert without a slot although one could be had."""
-        return self._tables.policy.refuses
+        return self.policy.refuses
 
     @property
     def address(self) -> Tensor:

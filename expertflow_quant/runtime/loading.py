@@ -71,9 +71,10 @@ def load(
     ``generate``; by default the fast path on a GPU where it can be taken, and a warning that says why where it cannot.
 
     ``policy``, ``predictor``, ``ahead``, ``usage``, ``slots``: how the plain path keeps experts, as
-    ``caching.CacheOptions`` says; by default what measured best. The fast path takes two of them: ``predictor``, which
-    it looks ahead by ("off", "next-gate", "paths" for the checkpoint's own trained one, or a folder; "auto" takes the
-    checkpoint's own where there is one), and ``slots``. None of them changes an answer.
+    ``caching.CacheOptions`` says; by default what measured best. The fast path takes all but ``ahead``: ``policy`` is
+    one of its own (layer_policy.LAYER_POLICIES), and ``predictor`` what it looks ahead by ("off", "next-gate", "paths"
+    for the checkpoint's own trained one, or a folder; "auto" takes the checkpoint's own where there is one). None of
+    them changes an answer.
 
     ``gpu_memory``, for the fast path: a promise that the device memory this process reserves stays below it, the
     CUDA context, images and the longest prompt included. Experts get what is left, at most ``expert_memory``. The
@@ -88,13 +89,17 @@ def load(
     folder, target = Path(path), pick_device(device)
     config, processor = _our_config(folder), load_processor(folder)
     cached = _cached(policy=policy, predictor=predictor, ahead=ahead, usage=usage, slots=slots)
-    plain_only = [name for name, value in (("policy", policy), ("ahead", ahead), ("usage", usage)) if value is not None]
-    wanted = target.type == "cuda" and not plain_only if fast is None else fast
-    _refuse_plain_only(plain_only, wanted)
+    wanted = target.type == "cuda" and ahead is None if fast is None else fast
+    if wanted and ahead is not None:
+        raise FastPathError(
+            f"ahead {ahead}: the plain path's; the fast path brings what a predictor finds likely: leave it out and "
+            "give a predictor, or give fast=False"
+        )
     _refuse_memory(gpu_memory, host_memory, target, wanted)
     sizes = _sizes(config, options, context, rows)
     if wanted:
-        sizes = _looking_ahead(replace(sizes, slots=slots or sizes.slots), predictor, folder)
+        sizes = replace(sizes, slots=slots or sizes.slots, policy=policy or sizes.policy, usage=usage or sizes.usage)
+        sizes = _looking_ahead(sizes, predictor, folder)
     store = ExpertStore(CheckpointReader(folder))
     budget, plan = parse_budget(expert_memory, store.nbytes), None
     if gpu_memory is not None:
@@ -224,14 +229,6 @@ def _cached(**given: Any) -> CacheOptions | None:
     return CacheOptions(**named) if named else None
 
 
-def _refuse_plain_only(given: list[str], fast: bool) -> None:
-    if given and fast:
-        raise FastPathError(
-            f"{', '.join(given)}: the plain path's, and the fast path was asked for, which keeps what was used last "
-            "and looks ahead by predictor: leave them out, or give fast=False"
-        )
-
-
 def _looking_ahead(sizes: FastOptions, predictor: str | None, folder: Path) -> FastOptions:
     """``sizes`` with what ``load`` was told to look ahead by. Raises FastPathError for what the fast path has not."""
     if predictor in GUESSES:
@@ -254,7 +251,7 @@ def _why_plain(fast: bool | None, target: torch.device) -> str:
     if fast is False:
         return "the fast path was turned off"
     if target.type == "cuda":
-        return "the cache was chosen by hand, which the fast path does not take"
+        return "records are fetched ahead by number, which the fast path does not do"
     return f"the device is {target}"
 
 

@@ -154,7 +154,7 @@ def test_what_is_not_known_is_refused_by_name(folder, usage, tmp_path):
         with pytest.raises(ExpertFlowError, match=message):
             expertflow_quant.load(checkpoint, "40%", **switches)
     with pytest.raises(FastPathError, match="plain path's"):
-        expertflow_quant.load(checkpoint, "40%", fast=True, policy="lru")
+        expertflow_quant.load(checkpoint, "40%", fast=True, ahead=1.0)
     other = PathPredictor(PathModel(PathModelSizes(tokens=9, layers=3, experts=8, width=16, inner=32)))
     other.save(tmp_path)
     with pytest.raises(ExpertFlowError, match="3 layers of 8 experts"):

@@ -79,7 +79,7 @@ def test_a_dropped_row_has_no_more_events_and_the_last_one_ends_it_all(engine):
 
 def test_too_many_at_once_are_refused(engine):
     for asked, lengths in ((ASKED * 2, [4] * 6), (ASKED, [4]), ([], [])):
-        with pytest.raises(ExpertFlowError, match="give 1 to . of both"):
+        with pytest.raises(ExpertFlowError, match=r"give 1 to . of both"):
             engine.stream_many(asked, lengths)
 
 

@@ -11,6 +11,7 @@ from helpers.fast import CONVERSATIONS, tokens
 import expertflow_quant
 from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.offload.budget import BudgetError
+from expertflow_quant.offload.layer_policy import BEST_LAYER_POLICY, layer_policy
 from expertflow_quant.offload.path_model import PathModel, PathModelSizes
 from expertflow_quant.offload.predict_paths import PathPredictor
 from expertflow_quant.runtime.fast.build import FastOptions
@@ -66,10 +67,12 @@ def test_what_the_fast_path_has_not_is_refused_by_name(folder):
     for switches, said in (
         ({"predictor": "frequency"}, "predictor 'frequency' is the plain path's"),
         ({"predictor": "paths"}, "holds no trained predictor"),
-        ({"policy": "lfu", "ahead": 1.0}, "policy, ahead: the plain path's"),
+        ({"policy": "lfu", "ahead": 1.0}, "ahead 1.0: the plain path's"),
     ):
         with pytest.raises(FastPathError, match=said):
             load(folder, **switches)
+    with pytest.raises(ExpertFlowError, match="policy 'scan' is not known: use one of lru, lfu"):
+        load(folder, policy="scan")
     with pytest.raises(ExpertFlowError, match="predictor 'nowhere' is not known"):
         load(folder, predictor="nowhere")
 
@@ -89,3 +92,10 @@ def test_slots_of_a_plan_are_the_layers(folder, tmp_path):
     write(8, 8)
     with pytest.raises(BudgetError, match=r"expert memory has .* for slots: raise --expert-memory"):
         load(folder, slots=file)
+
+
+@pytest.mark.parametrize("policy", [None, "lru", "predictive"])
+def test_a_policy_is_the_controllers(folder, policy):
+    engine = load(folder, "40%", policy=policy)
+    assert engine.runner.resident.policy == layer_policy(policy or BEST_LAYER_POLICY)
+    assert tokens(engine, CONVERSATIONS[:1], 4) == tokens(load(folder), CONVERSATIONS[:1], 4)

@@ -338,6 +338,7 @@ def test_on_a_gpu_the_promise_is_kept(rows, context, tmp_path):
     found = json.loads(run.stdout.splitlines()[-1])
     print(found)
     assert max(found["built"], found["peak"]) <= found["reservable"] < found["total"]
+    assert found["peak"] + found["driver"] <= found["total"]
     assert 0 < found["experts"] < found["all"]
     assert min(found["tokens"]) >= 1
     assert min(found["image_tokens"]) > 0

@@ -39,12 +39,13 @@ def curves(
     mixed: Annotated[list[float] | None, typer.Option(help="average bits of mixed plans; may be given again")] = None,
     samples: Annotated[int, typer.Option(min=1, help="calibration items of the sensitivity")] = 256,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,
+    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
     folder: Annotated[Path, typer.Option(help="for checkpoints, plans and finished points")] = Path("curves"),
     prove: Annotated[bool, typer.Option(help="one mixed point also as a real checkpoint")] = True,
 ) -> None:
     """Measure every point; run again with the same settings, finished ones stay."""
     console = make_console()
-    tasks, bank = generated_tasks(items), Bank(model.resolve(), folder.resolve())
+    tasks, bank = generated_tasks(items, seed), Bank(model.resolve(), folder.resolve())
     methods, bits = method or list(METHODS), sorted(mixed or MIXED_BITS)
     settings = {
         "model": model_fingerprint(model),

@@ -2,6 +2,7 @@
 of every layer."""
 
 import json
+import math
 import shlex
 import sys
 from collections import Counter
@@ -17,11 +18,20 @@ from rich.table import Table
 from calibration.plan import Choice, ExpertErrors, Size, choose, choose_damage, choose_within, code_bits, record_size
 from calibration.plan_options import JointOptions, plan_jointly
 from calibration.plan_plot import save_plot
-from calibration.sensitivity_command import Wanted, describe, generated_source, measure, parse_formats, scale_rule
+from calibration.sensitivity_command import (
+    Wanted,
+    describe,
+    generated_source,
+    measure,
+    parse_formats,
+    scale_rule,
+    writable,
+)
 from calibration.sensitivity_file import Sensitivity
 from expertflow_quant.checkpoint.plan import Plan
 from expertflow_quant.formats import BF16, ExpertFlowError, Format
 from expertflow_quant.offload.budget import format_bytes, parse_budget
+from expertflow_quant.pipeline.methods import check_method
 from expertflow_quant.pipeline.samples_io import generated_samples
 from expertflow_quant.pipeline.stream import ModelStream
 
@@ -45,6 +55,8 @@ class Budget:
             raise ExpertFlowError(
                 f"a plan has one budget, got {' and '.join(given) or 'none'}: give --average-bits, --bytes or --damage"
             )
+        if self.bits is not None and not (math.isfinite(self.bits) and self.bits > 0):
+            raise ExpertFlowError(f"--average-bits {self.bits} is no number of bits: give 2 to 16")
 
     def decide(self, experts: Sequence[ExpertErrors], size: Size) -> Choice:
         """``size``: bytes of records."""
@@ -59,9 +71,13 @@ class Budget:
     def _most(self, experts: Sequence[ExpertErrors]) -> float:
         text = self.damage or ""
         try:
-            return float(text)
+            most = float(text)
         except ValueError:
             form = Format.parse(text)
+        else:
+            if not (math.isfinite(most) and most >= 0):
+                raise ExpertFlowError(f"--damage {text} is no damage: give 0 or more, or a format")
+            return most
         if any(form not in expert.damage for expert in experts):
             raise ExpertFlowError(f"--damage {form} was not measured: add it to --formats, or give a number")
         return sum(expert.damage[form] for expert in experts)
@@ -96,7 +112,11 @@ def plan(
     format of --average-bits for all. A plot of bits by layer and expert goes beside the plan.
     """
     try:
+        check_method(method)
+        writable(output)
         choices = parse_formats(formats)
+        none = average_bits is None and nbytes is None and damage is None
+        budget = Budget(AVERAGE_BITS if none else average_bits, nbytes, damage)
         measured = read_or_measure(model, choices, samples, scales, sensitivity)
         errors = measured.chosen(sensitivity or Path("the measurement"), choices)
         if traces:
@@ -105,11 +125,9 @@ def plan(
             options = JointOptions(
                 traces, held_out or [], expert_memory, link_weight, damage_share, link, rows, time_limit
             )
-            bits = AVERAGE_BITS if average_bits is None else average_bits
-            decided, found = plan_jointly(model, errors, choices, bits, options, console)
+            assert budget.bits is not None
+            decided, found = plan_jointly(model, errors, choices, budget.bits, options, console)
         else:
-            none = average_bits is None and nbytes is None and damage is None
-            budget = Budget(AVERAGE_BITS if none else average_bits, nbytes, damage)
             decided, found = _plan_formats(model, errors, budget, method == "awq")
     except ExpertFlowError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)

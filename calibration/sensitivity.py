@@ -10,6 +10,7 @@ Why not at temperature 1: a trained model is sure of nearly all of its answers, 
 is then that of the two or three tokens of which it is not; softened, every answer token says something.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.probes < 1:
+        if not (math.isfinite(self.temperature) and self.temperature > 0) or self.probes < 1:
             raise ExpertFlowError(
                 f"temperature {self.temperature:g} must be above zero (2 is usual) and probes {self.probes} at least 1"
             )

@@ -92,6 +92,9 @@ def sensitivity(
 ) -> None:
     """Measure each expert's loss in each format, for `plan --sensitivity`."""
     try:
+        writable(out)
+        if out.exists():
+            raise ExpertFlowError(f"{out} was measured before: delete it to measure again, or name another file")
         settings = Settings(temperature, probes, seed)
         asked = generated_samples(samples, seed) if source is None else load_samples(source, samples)
         named = source.name if source is not None else generated_source(seed)
@@ -105,6 +108,16 @@ def sensitivity(
         raise typer.Exit(1) from error
     console.print(_table(found))
     console.print(f"{out}: {len(found.experts)} experts in {len(found.origin.formats)} formats", highlight=False)
+
+
+def writable(file: Path) -> None:
+    """Make the folder of ``file``. Raises ExpertFlowError where nothing can be written, before anything is measured."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExpertFlowError(f"cannot write {file} ({error.strerror}): choose a folder that can be written") from error
+    if file.is_dir():
+        raise ExpertFlowError(f"{file} is a folder: name a file in it")
 
 
 def measure(model: Path, wanted: Wanted) -> Sensitivity:

@@ -114,18 +114,6 @@ class Sensitivity:
             for e in self.experts
         ]
 
-    def check_same(self, path: Path, wanted: Origin) -> None:
-        """Raises ExpertFlowError when the file was measured otherwise than ``wanted``."""
-        for name in _DECIDES:
-            old, new = getattr(self.origin, name), getattr(wanted, name)
-            if isinstance(new, Mapping):
-                old = {key: old.get(key) for key in new}
-            if old != new:
-                raise ExpertFlowError(
-                    f"{path} was measured with {name} = {old!r}, this run has {new!r}: delete it to measure again, or "
-                    "name another file"
-                )
-
 
 def weights_digest(model: Path) -> str:
     """SHA-256 over the ends of the model's weight files and their sizes: tells models apart, quickly."""

@@ -51,11 +51,6 @@ class Sizes:
         )
 
     @property
-    def expert_layer_bytes(self) -> int:
-        """The experts of one layer in bf16."""
-        return 2 * 3 * self.experts * self.hidden * self.intermediate
-
-    @property
     def layer_bytes(self) -> int:
         """One decoder layer in bf16: experts, router, attention, norms."""
         return 2 * sum(_numel(shape) for name, shape in self.tensors if name.startswith("model.layers.0."))

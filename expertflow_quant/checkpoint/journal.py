@@ -51,6 +51,15 @@ class Journal:
         """Notes, durably, that a file is finished."""
         write_durably(self._path(name), [json_bytes(value)])
 
+    def noted_files(self) -> set[str]:
+        """Names of the files that entries are about."""
+        if not self.folder.is_dir():
+            return set()
+        values = [read_json(path) for path in self.folder.glob("*.json") if path != self._path(_JOB)]
+        return {
+            str(value["file"]) for value in values if isinstance(value, dict) and isinstance(value.get("file"), str)
+        }
+
     def is_of(self, job: Mapping[str, object]) -> bool:
         """Whether there is a journal of just this job."""
         return self.exists and read_json(self._path(_JOB)) == json.loads(json_bytes(job))

@@ -38,6 +38,7 @@ calibration data behind the last finished layer; files appear under their names 
 
 import contextlib
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from torch import Tensor
 from expertflow_quant.checkpoint.errors import CheckpointError, ResumeError
 from expertflow_quant.checkpoint.files import hash_file, inner_path, json_bytes, write_durably
 from expertflow_quant.checkpoint.journal import Journal
+from expertflow_quant.checkpoint.lock import hold, release
 from expertflow_quant.checkpoint.manifest import (
     EXPERTS_FOLDER,
     MANIFEST_FILE,
@@ -74,8 +76,8 @@ class CheckpointWriter:
     """Writes one checkpoint; made again over an unfinished one with the same ``job``, it knows what is done.
 
     Raises ResumeError when the folder holds a finished checkpoint, an unfinished one of another job (both
-    unless ``overwrite``), or files that are not ours. An unfinished one of the same job is continued either
-    way.
+    unless ``overwrite``), files that are not ours, or another run's work at this moment. An unfinished one of the same
+    job is continued either way.
     """
 
     def __init__(self, folder: Path | str, job: Mapping[str, object], overwrite: bool = False) -> None:
@@ -85,6 +87,7 @@ class CheckpointWriter:
         self._backbone: list[FileEntry] = []
         self._layers: dict[int, LayerEntry] = {}
         self._refuse_foreign()
+        self._unlock = weakref.finalize(self, release, hold(self.folder))
         if overwrite and not self._journal.is_of(job):
             self._clear()
         if self._has_manifest and not self._journal.exists:
@@ -106,6 +109,7 @@ class CheckpointWriter:
             return None
         manifest = Manifest.load(self.folder)
         self._journal.remove()
+        self._unlock()
         return manifest
 
     def finished_layer(self, layer: int) -> LayerEntry | None:
@@ -176,6 +180,7 @@ class CheckpointWriter:
         manifest = Manifest(model_id, model_type, layers, tuple(self._backbone), files, made)
         manifest.save(self.folder)
         self._journal.remove()
+        self._unlock()
         return manifest
 
     def _write_shard(self, name: str, shard: Sequence[PendingTensor]) -> FileEntry:
@@ -188,6 +193,7 @@ class CheckpointWriter:
         return entry
 
     def _write_file(self, name: str, content: bytes) -> None:
+        self._journal.record(name, {"file": name})  # before it is there, so that starting anew can remove it
         nbytes, sha256 = write_durably(inner_path(self.folder, name), [content])
         self._files.append(FileEntry(name, sha256, nbytes))
 
@@ -215,6 +221,7 @@ class CheckpointWriter:
         names: set[str] = set()
         with contextlib.suppress(CheckpointError):  # a damaged manifest is a reason to overwrite
             names = {entry.file for entry in Manifest.load(self.folder).all_files}
+        names |= self._journal.noted_files()
         self._journal.forget()
         shutil.rmtree(self.folder / EXPERTS_FOLDER, ignore_errors=True)
         for path in [*self.folder.glob("backbone*"), *(inner_path(self.folder, name) for name in names)]:

@@ -38,9 +38,7 @@ Fast = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    typer.Option(
-        "--policy", help="Which expert makes room: lru, lfu, static, predictive; plain path: scan too."
-    ),
+    typer.Option("--policy", help="Which expert makes room: lru, lfu, static, predictive; plain path: scan too."),
 ]
 Predictor = Annotated[
     str | None,

@@ -60,15 +60,18 @@ def _from_folder(folder: Path) -> Iterator[CalibrationSample]:
 
 def _values(path: Path) -> Iterator[tuple[int, object]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            parsed = [json.loads(line) for line in text.splitlines() if line.strip()]
+            # not splitlines: JSON texts may hold other characters that end lines
+            lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         else:
             value = json.loads(text)
-            parsed = value if isinstance(value, list) else [value]
+            yield from enumerate(value if isinstance(value, list) else [value])
+            return
     except (OSError, ValueError) as error:
         raise ExpertFlowError(f"cannot read samples from {path}: {error}: correct or remove the file") from error
-    yield from enumerate(parsed)
+    for place, (number, line) in enumerate(lines):
+        yield place, _json(line, f"{path}, line {number}", "it is")
 
 
 def _from_parquet(path: Path) -> Iterator[CalibrationSample]:
@@ -92,11 +95,11 @@ def _from_parquet(path: Path) -> Iterator[CalibrationSample]:
         raise ExpertFlowError(f"cannot read samples from {path}: {error}: correct the file") from error
 
 
-def _json(text: str, where: str) -> object:
+def _json(text: str, where: str, what: str = "messages are") -> object:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ExpertFlowError(f"{where}: messages are not JSON ({error}): correct or remove it") from error
+        raise ExpertFlowError(f"{where}: {what} not JSON ({error}): correct or remove it") from error
 
 
 def _sample(value: object, where: str, folder: Path | None, images: Sequence[object] | None) -> CalibrationSample:

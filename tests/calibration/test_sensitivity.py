@@ -158,5 +158,34 @@ def test_samples_from_files_and_damage_at_outputs(small_moe, tmp_path):
     assert found.origin.samples["count"] == 3
     assert found.origin.samples["source"] == "samples"
     assert sum(expert.damage[Format.parse("int2-g32")] for expert in found.experts) > 0
+    again = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
+    assert "was measured before: delete it" in again.output
+    path.unlink()
     outcome = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
     assert "sample 0 ends with the turn of the user" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["plan", "MODEL", "-o", "OUT", "--average-bits", "nan"], "--average-bits nan is no number of bits"),
+        (["plan", "MODEL", "-o", "OUT", "--average-bits", "0"], "--average-bits 0.0 is no number of bits"),
+        (["plan", "MODEL", "-o", "OUT", "--damage", "nan", "--sensitivity", "MEASURED"], "--damage nan is no damage"),
+        (["plan", "MODEL", "-o", "OUT", "--method", "foo"], "foo"),
+        (["plan", "MODEL", "-o", "MODEL/config.json/plan.json"], "cannot write"),
+        (["sensitivity", "MODEL", "--out", "OUT", "--temperature", "nan"], "temperature nan must be above zero"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_first(command, said, small_moe, tmp_path):
+    measured = tmp_path / "measured.json"
+    if "MEASURED" in command:
+        made = ["sensitivity", str(small_moe), "--out", str(measured), "--samples", "1", "--formats", "int2-g32"]
+        assert CliRunner().invoke(app, [*made, "--probes", "1"]).exit_code == 0
+        command = [*command, "--formats", "int2-g32"]
+    places = {"OUT": str(tmp_path / "out.json"), "MEASURED": str(measured)}
+    told = [places.get(part, part.replace("MODEL", str(small_moe))) for part in command]
+    outcome = CliRunner().invoke(app, told, env={"COLUMNS": "300"})
+    assert outcome.exit_code == 1
+    assert "Traceback" not in outcome.output
+    assert said in outcome.output
+    assert not (tmp_path / "out.json").exists()

@@ -130,3 +130,14 @@ def test_the_digest_sees_pixels() -> None:
     assert samples_digest([sample]) != samples_digest([changed])
     with pytest.raises(ExpertFlowError, match="set"):
         samples_digest([{"messages": [{"role": "user", "content": {1}}]}])
+
+
+def test_lines_of_jsonl_end_where_json_says(tmp_path):
+    good = {"messages": [{"role": "user", "content": "one\u2028line"}]}
+    lines = [json.dumps(good, ensure_ascii=False), "", json.dumps(good)]
+    (tmp_path / "asked.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    assert [sample["messages"][0]["content"] for sample in load_samples(tmp_path)] == ["one\u2028line"] * 2
+    (tmp_path / "asked.jsonl").write_text("\n".join([*lines, "{broken"]))
+    assert len(load_samples(tmp_path, 2)) == 2
+    with pytest.raises(ExpertFlowError, match=r"asked.jsonl, line 4: it is not JSON"):
+        load_samples(tmp_path)

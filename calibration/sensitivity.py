@@ -24,6 +24,7 @@ from expertflow_quant.checkpoint.reader import CheckpointReader
 from expertflow_quant.formats import ExpertFlowError, Format
 from expertflow_quant.kernels import ExpertWeights, expert_product, expert_weights
 from expertflow_quant.pipeline.batches import AnsweredBatch
+from expertflow_quant.pipeline.observe import in_dtype
 from expertflow_quant.pipeline.observed import Tokens, expert_places
 from expertflow_quant.pipeline.stream import ModelStream
 from expertflow_quant.pipeline.teacher import ExpertsSeen, Teacher
@@ -68,6 +69,10 @@ class Rounded:
         )
 
 
+OTHER_MODEL = 0.9
+"""Relative error of an expert's outputs that no rounding makes; unrelated weights are about 1.4 off."""
+
+
 class Checkpoints:
     """The experts of quantized checkpoints of one model, each in one format throughout. Raises ExpertFlowError for
     other checkpoints."""
@@ -80,6 +85,19 @@ class Checkpoints:
         self.method = methods.pop()
         self._readers = {_only_format(reader): reader for reader in readers}
         self.formats = list(self._readers)
+
+    def check_model(self, stream: ModelStream) -> None:
+        """Raises ExpertFlowError unless each checkpoint's first expert answers about as that of ``stream``'s model."""
+        hidden = torch.randn(64, stream.layers[0].shape.hidden, generator=torch.Generator().manual_seed(0))
+        gate, exact = stream.gate(0), in_dtype(stream.expert(0, 0), hidden)
+        wanted = expert_product(hidden, exact, gate)
+        for form in self.formats:
+            apart = (expert_product(hidden, self.expert(0, 0, form), gate) - wanted).norm() / wanted.norm()
+            if not apart < OTHER_MODEL:
+                raise ExpertFlowError(
+                    f"the {form} checkpoint's first expert is {apart:.0%} off this model's: give checkpoints that were "
+                    "quantized from it"
+                )
 
     def expert(self, layer: int, expert: int, form: Format) -> ExpertWeights:
         reader = self._readers[form]

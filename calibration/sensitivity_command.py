@@ -139,9 +139,11 @@ def measure(model: Path, wanted: Wanted) -> Sensitivity:
             errors = measure_errors(model, wanted.samples, wanted.formats, advance, wanted.scales)
             return Sensitivity(wanted.origin(model, "rtn"), errors)
         stream = ModelStream(model)
+        given: Checkpoints | None = Checkpoints(wanted.quantized) if wanted.quantized else None
+        if given is not None:
+            given.check_model(stream)
         teacher = Teacher(model, pick_device(wanted.device))
         batches = answered_batches(load_processor(model), wanted.samples)
-        given: Checkpoints | None = Checkpoints(wanted.quantized) if wanted.quantized else None
         formats = given.formats if given else list(wanted.formats)
         quantized = given or Rounded(teacher, formats, wanted.scales)
         found = measure_sensitivity(stream, teacher, batches, quantized, formats, wanted.settings, advance)

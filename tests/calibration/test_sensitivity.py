@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from calibration.__main__ import app
@@ -189,3 +190,24 @@ def test_what_makes_no_sense_is_refused_first(command, said, small_moe, tmp_path
     assert "Traceback" not in outcome.output
     assert said in outcome.output
     assert not (tmp_path / "out.json").exists()
+
+
+def test_checkpoints_of_another_model_are_refused(small_moe, tmp_path):
+    quantize_model(small_moe, tmp_path / "own", method="rtn", plan="int2-g32")
+    Checkpoints([tmp_path / "own"]).check_model(ModelStream(small_moe))
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in small_moe.iterdir():
+        if file.suffix != ".safetensors":
+            (other / file.name).write_bytes(file.read_bytes())
+    weights = {
+        name: value * (2 if ".experts." in name else 1)
+        for name, value in load_file(small_moe / "model.safetensors").items()
+    }
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    quantize_model(other, tmp_path / "theirs", method="rtn", plan="int8-g32")
+    command = ["sensitivity", str(small_moe), "--out", str(tmp_path / "found.json"), "--samples", "1", "--probes", "1"]
+    outcome = CliRunner().invoke(app, [*command, "--quantized", str(tmp_path / "theirs")], env={"COLUMNS": "300"})
+    assert outcome.exit_code == 1
+    assert "the int8-g32 checkpoint's first expert is" in outcome.output
+    assert not (tmp_path / "found.json").exists()

@@ -1,15 +1,20 @@
 """``serve``: a checkpoint over HTTP. ``up``: the same for a plain model, quantized first if need be."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from expertflow_quant.cli.quantize import FormatName, Method, PlanFile, Samples, _plan, quantize
 from expertflow_quant.formats.errors import ExpertFlowError
+
+if TYPE_CHECKING:
+    from expertflow_quant.serve.launch import Options
 
 EXTRA = frozenset({"fastapi", "filelock", "prometheus_client", "uvicorn"})
 
@@ -62,12 +67,11 @@ Name = Annotated[str | None, typer.Option("--name", help="Model name for clients
 
 def register(app: typer.Typer) -> None:
     """Adds the commands ``serve`` and ``up``."""
-    app.command("serve")(serve)
-    app.command("up")(up)
+    app.command("serve")(_with_serving(serve))
+    app.command("up")(_with_serving(up))
 
 
-def serve(
-    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that quantize wrote.")],
+def serving(
     expert_memory: Memory = "100%",
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -87,24 +91,24 @@ def serve(
     batch: Batch = 1,
     schedule: Schedule = "auto",
     patience: Patience = 4,
+) -> "Options":
+    """What both commands take of the server and its engine; launch.Options has a field of each name."""
+    given = locals()
+    with _extra_told():
+        from expertflow_quant.serve.launch import Options
+
+    return Options(**given)
+
+
+def serve(
+    checkpoint: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that quantize wrote.")],
+    *,
+    options: "Options",
     name: Name = None,
 ) -> None:
     """Serve a quantized checkpoint as an OpenAI-style chat API, images included."""
-    with _extra_told():
-        from expertflow_quant.serve.launch import Options, launch
+    from expertflow_quant.serve.launch import launch
 
-    options = Options(
-        *(expert_memory, host, port, device, dtype, max_queue, max_tokens),
-        *(gpu_memory, host_memory, context, fast),
-        policy=policy,
-        predictor=predictor,
-        ahead=ahead,
-        usage=usage,
-        slots=slots,
-        batch=batch,
-        schedule=schedule,
-        patience=patience,
-    )
     launch(lambda: checkpoint, name or checkpoint.resolve().name, options, Console())
 
 
@@ -115,57 +119,43 @@ def up(
     plan: PlanFile = None,
     samples: Samples = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where up keeps its checkpoints.")] = None,
-    expert_memory: Memory = "100%",
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    device: Device = "auto",
-    dtype: Dtype = None,
-    max_queue: MaxQueue = 16,
-    max_tokens: MaxTokens = None,
-    gpu_memory: GpuMemory = None,
-    host_memory: HostMemory = None,
-    context: Context = None,
-    fast: Fast = None,
-    policy: Policy = None,
-    predictor: Predictor = None,
-    ahead: Ahead = None,
-    usage: Usage = None,
-    slots: Slots = None,
-    batch: Batch = 1,
-    schedule: Schedule = "auto",
-    patience: Patience = 4,
+    *,
+    options: "Options",
     name: Name = None,
 ) -> None:
     """Quantize a model unless that was done before, then serve it. Stopped half way, it goes on next time."""
     with _extra_told():
-        from expertflow_quant.serve.launch import Options, launch
+        from expertflow_quant.serve.launch import launch
         from expertflow_quant.serve.shelf import Recipe, default_shelf, fetch
 
     console = Console()
-    options = Options(
-        *(expert_memory, host, port, device, dtype, max_queue, max_tokens),
-        *(gpu_memory, host_memory, context, fast),
-        policy=policy,
-        predictor=predictor,
-        ahead=ahead,
-        usage=usage,
-        slots=slots,
-        batch=batch,
-        schedule=schedule,
-        patience=patience,
-    )
     recipe = Recipe(model, method, _plan(format_name, plan), samples)
 
     def make(folder: Path) -> None:
         say(f"quantizing into {folder}")
         # overwrite: what another version of a library left half way is begun anew, our own goes on
-        quantize(model, folder, method, format_name, plan, samples, device=device, overwrite=True)
+        quantize(model, folder, method, format_name, plan, samples, device=options.device, overwrite=True)
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False)
 
     shelf = cache_dir or default_shelf()
     launch(lambda: fetch(shelf, recipe, make, say), name or model.resolve().name, options, console)
+
+
+def _with_serving(command: Callable[..., None]) -> Callable[..., None]:
+    """``command`` as typer is to see it: the parameters of ``serving`` stand in place of its ``options``."""
+    shared = inspect.signature(serving).parameters
+
+    def run(**given: Any) -> None:
+        options = serving(**{name: given.pop(name) for name in shared})
+        command(options=options, **given)
+
+    own = inspect.signature(command).parameters
+    joined = chain.from_iterable(shared.values() if name == "options" else [own[name]] for name in own)
+    run.__signature__ = inspect.Signature(list(joined))  # type: ignore[attr-defined]
+    run.__doc__ = command.__doc__
+    return run
 
 
 @contextmanager

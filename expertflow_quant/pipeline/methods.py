@@ -10,6 +10,7 @@ threads or free memory, so neither do the bytes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import get_args
 
@@ -26,6 +27,7 @@ from expertflow_quant.pipeline.observe import ExpertRows
 from expertflow_quant.pipeline.parallel import side_by_side
 from expertflow_quant.quantize import (
     QuantizedMatrix,
+    ScaleRangeError,
     ScaleRule,
     accumulate_hessian,
     expert_fields,
@@ -123,29 +125,32 @@ class LayerQuantizer:
 
     def _plain(self, batch: Sequence[Job]) -> Iterator[_Parts]:
         for job in batch:
-            weights, up, down = job.weights, job.weights.gate_up, job.weights.down
-            yield _Parts(
-                self._rounded(up, job), self._rounded(down, job), None, weights.gate_up_bias, weights.down_bias
-            )
+            up, down = self._rounded(job, "gate_up"), self._rounded(job, "down")
+            yield _Parts(up, down, None, job.weights.gate_up_bias, job.weights.down_bias)
 
-    def _rounded(self, matrix: Tensor, job: Job) -> QuantizedMatrix | Tensor:
-        return quantize_rtn(matrix, job.format, scales=self._options.scales) if job.format.has_codes else matrix
+    def _rounded(self, job: Job, name: str) -> QuantizedMatrix | Tensor:
+        matrix: Tensor = getattr(job.weights, name)
+        if not job.format.has_codes:
+            return matrix
+        with _expert_named([job], name):
+            return quantize_rtn(matrix, job.format, scales=self._options.scales)
 
     def _awq(self, batch: Sequence[Job]) -> Iterator[_Parts]:
         weights = [job.weights for job in batch]
         rows = [_rows_of(job, "awq").thinned(self._options.max_rows) for job in batch]
-        found = search_awq_batch(
-            [each.gate_up for each in weights],
-            [each.down for each in weights],
-            self._gate,
-            [each.inputs for each in rows],
-            [each.weights for each in rows],
-            batch[0].format,
-            self._options.grid,
-            gate_up_bias=_biases([each.gate_up_bias for each in weights]),
-            down_bias=_biases([each.down_bias for each in weights]),
-            scales=self._options.scales,
-        )
+        with _expert_named(batch):
+            found = search_awq_batch(
+                [each.gate_up for each in weights],
+                [each.down for each in weights],
+                self._gate,
+                [each.inputs for each in rows],
+                [each.weights for each in rows],
+                batch[0].format,
+                self._options.grid,
+                gate_up_bias=_biases([each.gate_up_bias for each in weights]),
+                down_bias=_biases([each.down_bias for each in weights]),
+                scales=self._options.scales,
+            )
         for each, own in zip(found, weights, strict=True):
             yield _Parts(each.gate_up, each.down, each.input_scale, each.gate_up_bias, own.down_bias)
 
@@ -164,14 +169,15 @@ class LayerQuantizer:
             yield _Parts(up, down, None, job.weights.gate_up_bias, job.weights.down_bias)
 
     def _gptq_matrices(self, batch: Sequence[Job], name: str, hessians: Sequence[Tensor]) -> list[QuantizedMatrix]:
-        found = quantize_gptq(
-            torch.stack([getattr(job.weights, name) for job in batch]),
-            torch.stack(list(hessians)),
-            batch[0].format,
-            self._options.damp,
-            act_order=self._options.act_order,
-            scales=self._options.scales,
-        )
+        with _expert_named(batch, name):
+            found = quantize_gptq(
+                torch.stack([getattr(job.weights, name) for job in batch]),
+                torch.stack(list(hessians)),
+                batch[0].format,
+                self._options.damp,
+                act_order=self._options.act_order,
+                scales=self._options.scales,
+            )
         return found if isinstance(found, list) else [found]
 
     def _finish(self, job: Job, parts: _Parts) -> tuple[int, ExpertEntry, Tensor]:
@@ -216,6 +222,14 @@ def check_formats(method: str, formats: Iterable[Format]) -> None:
     for format in formats:
         if method == "gptq" and format.has_codes and not format.is_int:
             raise ExpertFlowError(f"gptq makes integer codes, not {format.name}: use awq or rtn, or an integer format")
+
+
+@contextmanager
+def _expert_named(batch: Sequence[Job], *matrix: str) -> Iterator[None]:
+    try:
+        yield
+    except ScaleRangeError as error:
+        raise error.at(": ".join((f"expert {batch[error.matrix].expert}", *matrix))) from None
 
 
 def _rows_of(job: Job, method: str) -> ExpertRows:

@@ -32,6 +32,7 @@ from expertflow_quant.pipeline.methods import Job, LayerQuantizer, MethodOptions
 from expertflow_quant.pipeline.observe import Observations, ObservedLayer, ObserveOptions, in_dtype
 from expertflow_quant.pipeline.samples_io import generated_samples
 from expertflow_quant.pipeline.stream import ModelStream, MoELayer
+from expertflow_quant.quantize import ScaleRangeError
 
 DEFAULT_SAMPLES = 128
 COPIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
@@ -168,9 +169,12 @@ class _Work:
     def _write_layer(self, writer: CheckpointWriter, layer: MoELayer, observed: ObservedLayer | None) -> Iterator[int]:
         quantizer = LayerQuantizer(self.method, layer.shape, self.stream.gate(layer.index), self.options)
         made = {}
-        for expert, entry, record in quantizer.run(self._jobs(layer, observed)):
-            made[expert] = (entry, record)
-            yield expert
+        try:
+            for expert, entry, record in quantizer.run(self._jobs(layer, observed)):
+                made[expert] = (entry, record)
+                yield expert
+        except ScaleRangeError as error:
+            raise ExpertFlowError(f"layer {layer.index}: {error} for this expert, by a plan") from None
         experts = [made[expert] for expert in range(layer.experts)]
         writer.write_layer(layer.index, layer.module, layer.shape, layer.top_k, experts)
 

@@ -4,7 +4,7 @@ from expertflow_quant.quantize.awq import AWQResult, search_awq, search_awq_batc
 from expertflow_quant.quantize.fields import expert_fields
 from expertflow_quant.quantize.folding import Gate, scalable_rows
 from expertflow_quant.quantize.gptq import quantize_gptq
-from expertflow_quant.quantize.grid import ScaleRule
+from expertflow_quant.quantize.grid import ScaleRangeError, ScaleRule
 from expertflow_quant.quantize.hessian import (
     HessianReport,
     accumulate_hessian,
@@ -19,6 +19,7 @@ __all__ = [
     "Gate",
     "HessianReport",
     "QuantizedMatrix",
+    "ScaleRangeError",
     "ScaleRule",
     "accumulate_hessian",
     "examine_hessian",

@@ -12,7 +12,7 @@ from torch import Tensor
 from expertflow_quant.formats import SCALE_DTYPE, Format
 from expertflow_quant.quantize.clip import clip_search
 from expertflow_quant.quantize.folding import Gate
-from expertflow_quant.quantize.grid import ScaleRule
+from expertflow_quant.quantize.grid import ScaleRangeError, ScaleRule
 from expertflow_quant.quantize.rtn import Rounded
 
 SMALLEST_SCALE = 1e-4  # before normalising, as published
@@ -76,7 +76,7 @@ class Search:
             error = self._error_at(ratio, tried)
             down_ratio, best = torch.where(error < best, tried, down_ratio), torch.minimum(error, best)
         scaled = self._scaled(ratio, down_ratio)
-        gate_up, down = self._rounded(scaled.gate_up), self._rounded(scaled.down)
+        gate_up, down = self._rounded(scaled, "gate_up"), self._rounded(scaled, "down")
         clipped = {}
         if clip:
             tried_up = clip_search(scaled.gate_up, self._weighed(self._arriving(scaled)), self.format, self.scales)
@@ -116,7 +116,7 @@ class Search:
 
     def _error_at(self, ratio: Tensor, down_ratio: Tensor) -> Tensor:
         scaled = self._scaled(ratio, down_ratio)
-        return self._error(scaled, self._rounded(scaled.gate_up), self._rounded(scaled.down))
+        return self._error(scaled, self._rounded(scaled, "gate_up"), self._rounded(scaled, "down"))
 
     def _scaled(self, ratio: Tensor, down_ratio: Tensor) -> _Scaled:
         activity, inner_activity = self._activities
@@ -131,8 +131,11 @@ class Search:
                 bias[:, self.rows] /= down_scale
         return _Scaled(stored, gate_up, bias, down)
 
-    def _rounded(self, weight: Tensor) -> Rounded:
-        return Rounded.of(weight, self.format, self.scales)
+    def _rounded(self, scaled: _Scaled, name: str) -> Rounded:
+        try:
+            return Rounded.of(getattr(scaled, name), self.format, self.scales)
+        except ScaleRangeError as error:
+            raise error.at(name) from None
 
     def _error(self, scaled: _Scaled, gate_up: Rounded, down: Rounded) -> Tensor:
         """Squared, weighed, of the whole expert as it will run: float64 ``[E]``."""

@@ -17,10 +17,23 @@ ScaleRule = Literal["absmax", "mse"]
 SHRINK_STEPS = 80  # the mse rule tries ranges of 100 %, 99 %, ... 21 %
 
 
+class ScaleRangeError(ExpertFlowError):
+    """Weights that need a scale which fp16 does not reach; ``matrix``: which of a batch."""
+
+    def __init__(self, message: str, matrix: int) -> None:
+        super().__init__(message)
+        self.matrix = matrix
+
+    def at(self, place: str) -> "ScaleRangeError":
+        """The same with ``place`` in front, for callers that know it."""
+        return ScaleRangeError(f"{place}: {self}", self.matrix)
+
+
 def fit_grid(groups: Tensor, format: Format, rule: ScaleRule = "absmax") -> tuple[Tensor, Tensor]:
     """Scales fp16 ``[...]`` and zeros uint8 ``[...]`` for weights ``[..., columns of one group]`` (float32).
 
-    ``absmax`` spans the whole range; ``mse`` shrinks it where that lowers the group's squared error.
+    ``absmax`` spans the whole range; ``mse`` shrinks it where that lowers the group's squared error. Raises
+    ScaleRangeError for weights beyond what a scale can be.
     """
     low, high = _range(groups, format.symmetric)
     scales, zeros = _grid(low, high, format)
@@ -60,6 +73,18 @@ def require_finite(**tensors: Tensor) -> None:
             )
 
 
+def require_reached(scales: Tensor, largest: Tensor, format_name: str) -> None:
+    """Raises ScaleRangeError for scales fp16 ``[E, ...]`` that are infinite, of groups whose ``largest`` weights,
+    of the same shape, are not."""
+    beyond = torch.isinf(scales)
+    if bool(beyond.any()):
+        raise ScaleRangeError(
+            f"weights as large as {float(largest[beyond][0]):.3g} need a scale beyond "
+            f"{torch.finfo(SCALE_DTYPE).max:.0f} in {format_name}: scales are stored as fp16, use bf16",
+            int(beyond.nonzero()[0, 0]),
+        )
+
+
 def _range(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     low, high = torch.aminmax(groups, dim=-1)
     if symmetric:
@@ -70,11 +95,7 @@ def _range(groups: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
 
 def _grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     scales = ((high - low) / (format.levels - 1)).to(SCALE_DTYPE)
-    if bool(torch.isinf(scales).any()):
-        raise ExpertFlowError(
-            f"weights as large as {float(torch.maximum(high, -low).max()):.3g} need a scale beyond "
-            f"{torch.finfo(SCALE_DTYPE).max:.0f} in {format.name}: scales are stored as fp16, use bf16"
-        )
+    require_reached(scales, torch.maximum(high, -low), format.name)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)  # nothing but zeros: any scale will do
     if format.symmetric:
         return scales, torch.full_like(scales, format.levels // 2, dtype=torch.uint8)

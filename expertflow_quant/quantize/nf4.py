@@ -7,7 +7,8 @@ passes the middle between two values, the middle itself going down. The scale is
 import torch
 from torch import Tensor
 
-from expertflow_quant.formats import NF4_VALUES, SCALE_DTYPE, ExpertFlowError
+from expertflow_quant.formats import NF4_VALUES, SCALE_DTYPE
+from expertflow_quant.quantize.grid import require_reached
 
 SMALLEST = 1e-38
 """Below it a group counts as nothing but zeros."""
@@ -16,15 +17,11 @@ SMALLEST = 1e-38
 def encode_nf4(grouped: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 codes ``[..., columns per group]`` and fp16 scales ``[...]`` of float32 ``grouped``.
 
-    Raises ExpertFlowError for weights beyond what a scale can be.
+    Raises ScaleRangeError for weights beyond what a scale can be.
     """
     largest = grouped.abs().amax(-1)
     scales = largest.to(SCALE_DTYPE)
-    if bool(torch.isinf(scales).any()):
-        raise ExpertFlowError(
-            f"weights as large as {float(largest.max()):.3g} need a scale beyond "
-            f"{torch.finfo(SCALE_DTYPE).max:.0f} in nf4: scales are stored as fp16, use bf16"
-        )
+    require_reached(scales, largest, "nf4")
     values = torch.tensor(NF4_VALUES, dtype=torch.float32, device=grouped.device)
     quotients = (grouped * (1.0 / largest.clamp(min=SMALLEST)).unsqueeze(-1)).clamp(-1, 1)
     codes = torch.bucketize(quotients, (values[:-1] + values[1:]) / 2, out_int32=True)

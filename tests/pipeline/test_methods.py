@@ -1,6 +1,7 @@
 """A layer's experts in batches and on threads: the same records as one by one."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,3 +128,13 @@ def test_an_error_in_one_piece_is_told() -> None:
     with pytest.raises(ExpertFlowError, match="piece 4 holds NaN"):
         list(side_by_side(iter(range(20)), make, lambda piece: True))
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+@pytest.mark.parametrize(("method", "form"), [("rtn", "nf4-g32"), ("awq", "int4-g32"), ("gptq", "int3-channel-asym")])
+def test_weights_beyond_any_scale_are_refused_by_name(method: str, form: str, name: str) -> None:
+    given = [replace(job, format=Format.parse(form)) for job in jobs(4)]
+    getattr(given[3].weights, name)[5, 40 if name == "gate_up" else 20] = 3e6
+    quantizer = LayerQuantizer(method, SHAPE, silu_gate, MethodOptions(), batch=4)
+    with pytest.raises(ExpertFlowError, match=f"^expert 3: {name}: weights as large as .* beyond 65504 in "):
+        list(quantizer.run(iter(given)))

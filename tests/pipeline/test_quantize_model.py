@@ -145,6 +145,17 @@ def test_gptq_in_small_batches_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     assert same / total > 0.999  # batched products may differ in the last bit
 
 
+def test_weights_beyond_any_scale_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny.tiny_model("qwen3_moe")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 5] = 3e6
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ExpertFlowError, match=r"^layer 1: expert 2: down: .* use bf16 for this expert, by a plan$"):
+        quantize_model(tmp_path / "model", tmp_path / "out", method="rtn", plan="int4-g16")
+    plan = Plan(INT4, {1: {2: Format.parse("bf16")}})
+    quantize_model(tmp_path / "model", tmp_path / "out", method="rtn", plan=plan, overwrite=True)
+
+
 def test_the_checkpoint_folder_is_complete(tmp_path: Path) -> None:
     folder = save_model("qwen3_vl_moe", tmp_path / "model")
     (folder / "LICENSE").write_text("free")

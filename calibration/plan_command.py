@@ -86,7 +86,9 @@ class Budget:
 def plan(
     model: Annotated[Path, typer.Argument(help="folder of the model in its own full precision")],
     output: Annotated[Path, typer.Option("--output", "-o", help="plan file to write")],
-    average_bits: Annotated[float | None, typer.Option(help="budget: of the codes, over all weights [3]")] = None,
+    average_bits: Annotated[
+        float | None, typer.Option(help="budget: of the codes, over all weights; 3 by default")
+    ] = None,
     nbytes: Annotated[str | None, typer.Option("--bytes", help="budget: all records, 12MiB or 20% of bf16's")] = None,
     damage: Annotated[
         str | None, typer.Option(help="budget: most damage, or a format whose damage may be done")
@@ -104,7 +106,7 @@ def plan(
     link: Annotated[float, typer.Option(min=0.001, help="GB/s to the device")] = 25.0,
     rows: Annotated[int, typer.Option(min=1, help="requests of a trace answered together")] = 1,
     time_limit: Annotated[float, typer.Option(min=1, help="seconds for the integer program")] = 20.0,
-    results: Annotated[Path | None, typer.Option(help="what was decided, as JSON [default: beside the plan]")] = None,
+    results: Annotated[Path | None, typer.Option(help="what was decided, as JSON; by default beside the plan")] = None,
 ) -> None:
     """A format for every expert: least damage in a budget, or fewest bytes at a damage (for quantize --plan).
 

@@ -77,7 +77,9 @@ def sensitivity(
     out: Annotated[Path, typer.Option("--out", "-o", help="sensitivity file to write")],
     formats: Annotated[str, typer.Option(help="formats to measure")] = FORMATS,
     samples: Annotated[int, typer.Option(min=1, help="calibration items")] = 128,
-    source: Annotated[Path | None, typer.Option("--from", help="their folder or parquet [generated ones]")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="their folder or parquet; generated ones by default")
+    ] = None,
     at: Annotated[
         str, typer.Option(help="predictions (the model in memory), or outputs (layer by layer, never all of it)")
     ] = PREDICTIONS,

@@ -29,7 +29,7 @@ def run(
     out: Annotated[Path, typer.Option(help="folder for results.json and every answer")],
     task: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(TASK_NAMES)}; repeatable [default: all whose files are given]"),
+        typer.Option(help=f"{', '.join(TASK_NAMES)}; repeatable; by default all whose files are given"),
     ] = None,
     chartqa_path: Annotated[Path | None, typer.Option(help="folder, file or glob, in any layout")] = None,
     chartqa_x_path: Annotated[Path | None, typer.Option(help="the same of ChartQA-X")] = None,

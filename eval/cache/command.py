@@ -34,13 +34,13 @@ def cache(
     fit: Annotated[list[Path], typer.Option(help="recorded routes of the same tasks, to fit on")],
     out: Annotated[Path, typer.Option(help="results file; a plot of the same name goes beside it")],
     learned: Annotated[list[Path] | None, typer.Option(help="folders of trained predictors")] = None,
-    budget: Annotated[list[float] | None, typer.Option(help="shares of all experts [default: 0.12 to 0.5]")] = None,
+    budget: Annotated[list[float] | None, typer.Option(help="shares of all experts; by default 0.12 to 0.5")] = None,
     record_bytes: Annotated[int, typer.Option(min=1, help="of one expert")] = 1 << 20,
     link_records: Annotated[float, typer.Option(help="records that the link moves while a layer computes")] = 1.0,
     workload: Annotated[list[str] | None, typer.Option(help="default: all of them")] = None,
     fast_path: Annotated[bool, typer.Option("--fast-path", help="the device's policies, on drawn routes too")] = False,
     drawn_sizes: Annotated[str, typer.Option(help="of drawn routes: layers x experts x top k")] = "48x128x8",
-    seed: Annotated[list[int] | None, typer.Option(help="of drawn routes [default: 0, 1]")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="of drawn routes; by default 0 and 1")] = None,
 ) -> None:
     """Hits, bytes and modelled time of cache policies on recorded routes, beside Belady's optimum."""
     console = make_console()

@@ -30,7 +30,7 @@ def compare(
     dense: Annotated[list[str] | None, typer.Option(help="a dense model to compare with as well; repeatable")] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="chart, document, or NAME=PATH: chartqa=FOLDER ... [default: both generated ones]"),
+        typer.Option(help="chart, document, or NAME=PATH: chartqa=FOLDER ...; by default both generated ones"),
     ] = None,
     items: Annotated[int, typer.Option(min=0, help="questions per task; 0: all of a file, 320 generated")] = 0,
     expert_memory: Annotated[str, typer.Option(help="device bytes for experts of our checkpoints")] = "25%",

@@ -35,7 +35,7 @@ def curves(
     model: Annotated[Path, typer.Option(help="the Mixture-of-Experts model")] = SHIPPED / "moe",
     dense: Annotated[Path | None, typer.Option(help="its dense twin")] = SHIPPED / "dense",
     items: Annotated[int, typer.Option(min=1, help="held-out questions per task")] = 512,
-    method: Annotated[list[str] | None, typer.Option(help="rtn, awq, gptq; may be given again [all]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="rtn, awq, gptq; may be given again; all by default")] = None,
     mixed: Annotated[list[float] | None, typer.Option(help="average bits of mixed plans; may be given again")] = None,
     samples: Annotated[int, typer.Option(min=1, help="calibration items of the sensitivity")] = 256,
     batch_size: Annotated[int, typer.Option(min=2)] = 32,

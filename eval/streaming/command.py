@@ -27,7 +27,9 @@ GIB = 1 << 30
 MEMORY_LIMIT = 3 * GIB
 POINTS = 400  # of a curve in the results file
 
-Methods = Annotated[list[str] | None, typer.Option("--method", help="rtn, gptq, awq; may be given again [rtn, gptq]")]
+Methods = Annotated[
+    list[str] | None, typer.Option("--method", help="rtn, gptq, awq; may be given again; by default rtn, gptq")
+]
 
 
 def streaming(

@@ -44,11 +44,13 @@ Samples = Annotated[
 ]
 NumSamples = Annotated[int, typer.Option(min=1, help="How many calibration items are used.")]
 Pool = Annotated[
-    int | None, typer.Option(min=1, help="Choose them from so many, to reach rare experts [take the first ones].")
+    int | None,
+    typer.Option(min=1, help="Choose them from so many, to reach rare experts; by default the first ones are taken."),
 ]
 Seed = Annotated[int, typer.Option(help="Of the generated calibration items.")]
 TextShare = Annotated[
-    float | None, typer.Option(help="Text tokens' part of the weight beside image tokens [0.9]; 0: by their number.")
+    float | None,
+    typer.Option(help="Text tokens' part of the weight beside image tokens, 0.9 by default; 0: by their number."),
 ]
 Scales = Annotated[str, typer.Option(help="How a group's range is found: absmax, or mse (searched).")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
@@ -86,6 +88,8 @@ def quantize(
     check_method(method)
     options = MethodOptions(scales=scales)  # type: ignore[arg-type]  # checked there
     calibrates = method != "rtn" or samples is not None
+    if not calibrates:
+        _refuse_unused(pool, text_share)
 
     def chosen_samples() -> "list[CalibrationSample]":
         found = _samples(samples, pool or num_samples, seed)
@@ -137,6 +141,16 @@ def _plan(format_name: str | None, plan: Path | None) -> Plan:
     if format_name is not None and plan is not None:
         raise ExpertFlowError("--format and --plan were both given: a plan names its own default: give either")
     return Plan.load(plan) if plan is not None else Plan.uniform(format_name or DEFAULT_FORMAT)
+
+
+def _refuse_unused(pool: int | None, text_share: float | None) -> None:
+    """Of calibration, where there is none."""
+    for name, value in (("--pool", pool), ("--text-share", text_share)):
+        if value is not None:
+            raise ExpertFlowError(
+                f"{name} {value} was given, but rtn calibrates on nothing: leave it out, take awq or gptq, or give "
+                "--samples to measure rtn's errors on"
+            )
 
 
 def _observe(text_share: float | None) -> "ObserveOptions":

@@ -87,6 +87,11 @@ def test_a_plan_file(model: Path, tmp_path: Path) -> None:
         (["quantize", "MODEL", "OUT", "--format", "int4-g16", "--device", "mps"], "'mps' is not supported"),
         (["quantize", "MODEL", "OUT", "--format", "int4-g32"], "does not divide 48"),
         (["quantize", "gone", "OUT"], "holds no config.json"),
+        (
+            ["quantize", "MODEL", "OUT", "--method", "rtn", "--pool", "9"],
+            "--pool 9 was given, but rtn calibrates on nothing",
+        ),
+        (["quantize", "MODEL", "OUT", "--method", "rtn", "--text-share", "0"], "--text-share 0.0 was given, but rtn"),
         (["quantize", "MODEL", "MODEL", "--method", "rtn", "--format", "bf16"], "not a checkpoint's"),
         (["inspect", "MODEL"], "no finished expertflow checkpoint"),
         (["verify", "MODEL"], "no finished expertflow checkpoint"),

@@ -47,7 +47,8 @@ test: $(STAMP)
 
 # Triton compiles most of the time, so processes side by side pay
 test-gpu: $(STAMP)
-	@$(BIN)/python -m pytest -m cuda -n $(GPU_WORKERS) --dist load $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "cuda and alone" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "cuda and not alone" -n $(GPU_WORKERS) --dist load $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -19,7 +19,9 @@ from eval.speed.catalogue import SYSTEMS, chosen_systems
 from eval.speed.ceilings import measure_ceilings
 from eval.speed.drawn import Predictions
 from eval.speed.measure import Run, measure, refused
-from eval.speed.plots import speed_figure
+from eval.speed.plots import save_profile, speed_figure
+from eval.speed.profile_table import profile_tables, refusals
+from eval.speed.profiling import profile_all
 from eval.speed.report import speed_json, speed_tables, trace_lines
 from eval.speed.shapes import SHAPES
 from eval.speed.systems import Setting, SystemSpec
@@ -68,6 +70,9 @@ def speed(
     systems: Annotated[str | None, typer.Option(help=f"{','.join(s.name for s in SYSTEMS)} [default: all]")] = None,
     baseline_layers: Annotated[int | None, typer.Option(min=1, help="layers that accelerate gets; scaled")] = None,
     time_limit: Annotated[float, typer.Option(help="seconds that prefills, warm-up and steps may each take")] = 60.0,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="then show where the time of captured steps goes; builds them again")
+    ] = False,
     tiny: Annotated[bool, typer.Option(help="a shape's tiny variant, for a try on any machine")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     seed: Annotated[int, typer.Option(help="of weights, prompts and routes")] = 0,
@@ -88,7 +93,8 @@ def speed(
         for line in trace_lines(told):
             console.print(line, highlight=False)
         ceilings = measure_ceilings(bench.device)
-        figures = run_all(specs, settings, routes, Run(bench, ceilings, time_limit), console)
+        run = Run(bench, ceilings, time_limit)
+        figures = run_all(specs, settings, routes, run, console)
     except (ExpertFlowError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -111,6 +117,9 @@ def speed(
         sys.argv[1:], str(bench.device), describe_target(bench), asked, told, asdict(ceilings), figures
     )
     write_results(out, results, console)
+    if profile:
+        profile_all(specs, settings, routes, run, results["figures"], console, lambda: write_json(out, results))
+        write_profiles(out, results, console)
 
 
 def make_settings(
@@ -202,6 +211,16 @@ def write_results(out: Path, results: dict[str, Any], console: Console) -> None:
         raise typer.Exit(1)
     save(speed_figure(results), out.with_suffix(".png"))
     console.print(f"results and plot: {out}, {out.with_suffix('.png')}", highlight=False)
+
+
+def write_profiles(out: Path, results: dict[str, Any], console: Console) -> None:
+    """The tables and the plot of the profiles, which the file has."""
+    for table in profile_tables(results):
+        console.print(table)
+    for line in refusals(results):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if (picture := save_profile(results, out)) is not None:
+        console.print(f"plot of the profiles: {picture}", highlight=False)
 
 
 def _settings_of(spec: SystemSpec, settings: Sequence[Setting], all_bytes: int) -> list[Setting]:

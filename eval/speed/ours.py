@@ -101,4 +101,4 @@ def fast_spec(
     def build(bench: Bench) -> System:
         return FastSystem(bench, make)
 
-    return SystemSpec(name, title, build, looks_ahead=looks_ahead)
+    return SystemSpec(name, title, build, looks_ahead=looks_ahead, captured=True)

@@ -13,9 +13,12 @@ from matplotlib.ticker import PercentFormatter
 
 from eval.plots import STYLE, color_of, save
 from eval.report import make_console
+from eval.speed.profile import parts
+from eval.speed.profile_table import profile_of
 from eval.speed.report import number, title
 
 BOUND_COLOR = "#222222"
+PART_COLORS = {"link only": "#0072B2", "both": "#009E73", "others only": "#E69F00", "idle": "#cccccc"}
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -70,6 +73,46 @@ def draw_first_token(axes: Axes, figures: Sequence[Mapping[str, Any]], colors: S
     axes.set_title("prefill")
 
 
+def profile_figure(results: Mapping[str, Any]) -> Figure | None:
+    """A bar a captured system: what a profiled step's time was, and its bytes at the link's rate. None without any."""
+    profiled = [figure for figure in results["figures"] if profile_of(figure)]
+    if not profiled:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 1.9 + 0.55 * len(profiled)), layout="constrained")
+        figure.suptitle(title(results), x=0.01, ha="left", fontsize=9, wrap=True)
+        _draw_parts(axes, profiled)
+        return figure
+
+
+def save_profile(results: Mapping[str, Any], out: Path) -> Path | None:
+    """``profile_figure`` beside the results file ``out``, and where that is; None without any profile."""
+    figure, path = profile_figure(results), out.with_name(f"{out.stem}-profile.png")
+    if figure is None:
+        return None
+    save(figure, path)
+    return path
+
+
+def _draw_parts(axes: Axes, figures: Sequence[Mapping[str, Any]]) -> None:
+    profiles = [figure["decode"]["profile"] for figure in figures]
+    rows, left = range(len(figures)), [0.0] * len(figures)
+    for part, color in PART_COLORS.items():
+        widths = [parts(profile)[part] for profile in profiles]
+        axes.barh(rows, widths, 0.55, left, color=color, label=part)
+        left = [start + width for start, width in zip(left, widths)]
+    bounds = [profile["link_bound_ms"] for profile in profiles]
+    middle = [row - 0.36 for row in rows], [row + 0.36 for row in rows]
+    axes.vlines(bounds, *middle, colors="#D55E00", linewidth=2, label="bytes moved at the link's rate")
+    for row, profile in zip(rows, profiles):
+        said = f"{profile['ms']:.2f} ({profile['step_ms']:.2f} unprofiled)"
+        axes.annotate(said, (profile["ms"], row), (5, 0), textcoords="offset points", fontsize=7.5, va="center")
+    axes.set_xlim(0, max(*left, *bounds) * 1.3)
+    axes.set_xlabel("ms a decode step, under the profiler")
+    _name_rows(axes, figures, [f"{label(f)}\n{f['batch']} x {f['prompt']} tokens" for f in figures])
+    axes.figure.legend(loc="outside lower left", ncols=5, fontsize=7.5)
+
+
 def label(figure: Mapping[str, Any]) -> str:
     """System, memory and, where some were left out, layers."""
     memory = "" if figure["resident"] == "any" else f", {figure['resident']}"
@@ -102,8 +145,8 @@ def _marks(axes: Axes, places: Sequence[float]) -> None:
     axes.plot(places, range(len(places)), "|", color=BOUND_COLOR, markersize=13, markeredgewidth=2)
 
 
-def _name_rows(axes: Axes, figures: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_yticks(range(len(figures)), [label(figure) for figure in figures], fontsize=7.5)
+def _name_rows(axes: Axes, figures: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> None:
+    axes.set_yticks(range(len(figures)), names or [label(figure) for figure in figures], fontsize=7.5)
     axes.set_ylim(len(figures) - 0.4, -0.7)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
@@ -120,6 +163,8 @@ def main(files: Annotated[list[Path], typer.Argument(help="JSON files that `pyth
                 raise ValueError(f"{path} is no file of `python -m eval speed`")
             save(speed_figure(results), path.with_suffix(".png"))
             console.print(f"{path.with_suffix('.png')}", highlight=False)
+            if (picture := save_profile(results, path)) is not None:
+                console.print(f"{picture}", highlight=False)
     except (OSError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error

@@ -95,13 +95,15 @@ class System(Protocol):
 @dataclass(frozen=True)
 class SystemSpec:
     """How a system is called, in files and in tables, and how it is built. ``any_budget``: it takes none, so one of a
-    run's budgets is enough. ``looks_ahead``: only where not all experts are resident is there something to guess."""
+    run's budgets is enough. ``looks_ahead``: only where not all experts are resident is there something to guess.
+    ``captured``: its steps are few enough calls of the host that a profile of the device explains them."""
 
     name: str
     title: str
     build: Callable[["Bench"], System]
     any_budget: bool = False
     looks_ahead: bool = False
+    captured: bool = False
 
 
 class Clock:

@@ -120,8 +120,7 @@ class RandomExperts:
 
 
 def random_moe(config: Any, format: str, device: str, dtype: torch.dtype) -> Any:
-    """A random Qwen3-MoE that has its experts in a store only. Experts come in groups of ``top_k`` with nearly equal
-    routers, so that rounding seldom changes who is chosen."""
+    """A random Qwen3-MoE that has its experts in a store only."""
     with torch.device(device):
         torch.manual_seed(0)
         model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=dtype).eval()
@@ -133,7 +132,6 @@ def random_moe(config: Any, format: str, device: str, dtype: torch.dtype) -> Any
                 del module._parameters[name]
             attach(module, LayerExperts(None, layer))
             router = model.model.layers[layer].mlp.gate.weight
-            leaders = torch.randn_like(router[:: config.num_experts_per_tok]) * router.shape[1] ** -0.5
-            router.copy_(leaders.repeat_interleave(config.num_experts_per_tok, dim=0) + 1e-3 * torch.randn_like(router))
+            router.copy_(torch.randn_like(router) * router.shape[1] ** -0.5)
     model.set_experts_implementation(NAME)
     return model

@@ -327,6 +327,7 @@ print(json.dumps({
 
 
 @pytest.mark.cuda
+@pytest.mark.alone
 @pytest.mark.parametrize(("rows", "context"), [(1, 2048), (4, 1024)])
 def test_on_a_gpu_the_promise_is_kept(rows, context, tmp_path):
     expertflow_quant.quantize_model(SHIPPED, tmp_path / "out", method="rtn", plan="int4-g32")

@@ -20,7 +20,7 @@ def entries(name: str, stage: str) -> list[dict]:
 def main() -> None:
     """Write curves.png beside the logs."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for name, color in (("moe", "tab:blue"), ("dense", "tab:orange")):
+    for name, color in (("moe", "tab:blue"), ("dense", "tab:orange"), ("dense-total", "tab:green")):
         joint = entries(name, "joint")
         steps = [e["step"] for e in joint]
         left.plot(steps, [e["losses"][1] for e in joint], color=color, marker=".", label=name)

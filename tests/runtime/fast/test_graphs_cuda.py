@@ -254,14 +254,8 @@ REAL = {
     "max_position_embeddings": 1024,
 }
 FORMAT = "int4-g128"
-CLEAR_ROUTE = 0.1
-"""Router logits whose eighth is ahead of the ninth by so much, in deviations, survive rounding to bf16."""
-
 CLEAR_TOKEN = 0.1
-
-
-LARGEST = 0.03
-"""Error of a row whose earlier tokens were routed otherwise in one layer, which changes what it attends to."""
+"""Deviations of a row's logits by which its first token must lead to survive rounding to bf16."""
 
 
 def random_prompts(lengths, vocabulary):
@@ -273,59 +267,82 @@ def random_prompts(lengths, vocabulary):
     return Prompts({"input_ids": ids * mask, "attention_mask": mask}, tuple(lengths), (0,) * len(lengths))
 
 
-def decode_told(runner, prompts, following, bucket):
+class ToldRoutes:
+    """Experts drawn for every place of every row, told to all paths alike: rounding decides nothing. With routes of
+    their own, a token in thirty is routed otherwise in bf16, and all later ones attend to it."""
+
+    def __init__(self, rows, places):
+        generator = torch.Generator().manual_seed(9)
+        luck = torch.rand(REAL["num_hidden_layers"], rows, places, REAL["num_experts"], generator=generator)
+        self.drawn = luck.argsort(dim=-1)[..., : REAL["num_experts_per_tok"]].to(DEVICE)
+        self.step = self.drawn[:, :, 0].clone()  # captured steps read it
+        self.prompt = None
+
+    def fast(self, layer, ids):
+        """What ``build_fast`` asks for ids ``[tokens, top_k]``."""
+        return self.step[layer, : len(ids)] if self.prompt is None else self.prompt[layer]
+
+    def of_prompts(self, lengths):
+        """For prompts of ``lengths`` tokens, padded on the left."""
+        width = max(lengths)
+        rows = [self.drawn[:, row, :length] for row, length in enumerate(lengths)]
+        padded = [functional.pad(row, (0, 0, width - row.shape[1], 0)) for row in rows]
+        self.prompt = torch.stack(padded, dim=1).flatten(1, 2)
+
+    def of_step(self, places):
+        """For one token a row, each at its own place."""
+        self.prompt = None
+        for row, place in enumerate(places):
+            self.step[:, row] = self.drawn[:, row, place]
+
+    def hook(self, layer, row):
+        """A forward hook of a router that reads row ``row`` from its start."""
+        return lambda module, args, made: (*made[:2], self.drawn[layer, row, : len(made[2])])
+
+
+def decode_told(runner, told, prompts, following, bucket):
     """Logits ``[rows, steps + 1, vocabulary]`` after the prompts and after each of ``following [rows, steps]``."""
     graphs, rows = runner.graphs, len(prompts)
     with torch.inference_mode():
         graphs.active.zero_()
         graphs.kv.lengths.zero_()
+        told.of_prompts(prompts.prompt_tokens)
         found = [runner.prefill(prompts, 0).clone()]
         graphs.active[:rows] = True
         for step in range(following.shape[1]):
+            told.of_step([count + step for count in prompts.prompt_tokens])
             graphs.tokens[:rows, 0] = following[:, step]
             graphs.step(bucket)
             found.append(graphs.logits(bucket)[:rows].clone())
     return torch.stack(found, dim=1)
 
 
-def plain_logits(model, prompts, following, top_k):
-    """The same from full forward passes of the plain path, row by row, and the smallest lead of a routed expert over
-    one that was not, ``[rows, steps + 1]``: in any layer, at the last token."""
-    leads = []
-
-    def lead(module, args):
-        scores = functional.linear(args[0].reshape(-1, args[0].shape[-1]), module.weight).float()
-        best = scores.topk(top_k + 1, dim=-1)[0]
-        leads.append((best[:, -2] - best[:, -1]) / scores.std(dim=-1))
-
-    hooks = [layer.mlp.gate.register_forward_pre_hook(lead) for layer in model.model.layers]
-    ids, steps = prompts.inputs["input_ids"], following.shape[1] + 1
-    logits, clear = [], []
-    with torch.inference_mode():
-        for row, count in enumerate(prompts.prompt_tokens):
-            leads.clear()
-            whole = torch.cat([ids[row, -count:].to(following.device), following[row]])
+def plain_logits(model, told, prompts, following):
+    """The same from full forward passes of the plain path, row by row."""
+    ids, steps, logits = prompts.inputs["input_ids"], following.shape[1] + 1, []
+    for row, count in enumerate(prompts.prompt_tokens):
+        gates = [layer.mlp.gate for layer in model.model.layers]
+        hooks = [gate.register_forward_hook(told.hook(layer, row)) for layer, gate in enumerate(gates)]
+        whole = torch.cat([ids[row, -count:].to(following.device), following[row]])
+        with torch.inference_mode():
             logits.append(model(input_ids=whole[None], use_cache=False).logits[0, -steps:])
-            clear.append(torch.stack([each[-steps:] for each in leads]).amin(dim=0))
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(logits), torch.stack(clear)
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(logits)
 
 
-def check_logits(got, plain, exact, clear, least):
-    """Rows of logits, where routes are clear, are about as near to those in float32 as the plain path's in bf16 are,
-    and so are greedy tokens that lead clearly."""
-    known = clear > CLEAR_ROUTE
-    assert known.float().mean() > least
-    ours, theirs = (relative(each, exact)[known] for each in (got, plain))
+def check_logits(got, plain, exact):
+    """Logits are about as near to those in float32 as the plain path's in bf16 are, and greedy tokens that lead
+    clearly are the same."""
+    ours, theirs = (relative(each, exact) for each in (got, plain))
     told = f"median {ours.median():.4f}, plain path {theirs.median():.4f}; largest {ours.max():.4f}, {theirs.max():.4f}"
     print(told)
     assert float(ours.median()) < 1.25 * float(theirs.median()), told
-    assert float(ours.max()) < max(2 * float(theirs.max()), LARGEST), told
+    assert float(ours.max()) < 1.5 * float(theirs.max()), told
     assert float(theirs.median()) < 0.02, told
     best = exact.topk(2, dim=-1)[0]
-    sure = known & (best[..., 0] - best[..., 1] > CLEAR_TOKEN * exact.std(dim=-1))
-    assert sure.float().mean() > least / 4
+    sure = best[..., 0] - best[..., 1] > CLEAR_TOKEN * exact.std(dim=-1)
+    assert sure.float().mean() > 0.25
     assert torch.equal(got.argmax(dim=-1)[sure], exact.argmax(dim=-1)[sure])
 
 
@@ -355,22 +372,21 @@ def test_logits_at_real_widths(memory, real, exact):
     assert store.nbytes == 2 * 128 * store.layers[0].nbytes[0]
     parts = {"100%": store.nbytes, "80%": store.nbytes * 4 // 5, "25%": store.nbytes // 4}
     budget = parts.get(memory, 2 * store.layers[0].nbytes[0])
-    runner = build_fast(real, None, frozenset(), budget, FastOptions(rows=8, room=128))
+    told = ToldRoutes(8, 128)
+    runner = build_fast(real, None, frozenset(), budget, FastOptions(rows=8, room=128), routes=told.fast)
     assert runner.graphs.streams(8) == (memory not in ("100%", "80%"))
     assert runner.graphs.streams(4) == (memory == "smallest")
     cases = []
     for bucket, lengths in ((1, [37]), (4, [50, 9, 23]), (8, [64, 3, 17, 40, 41, 8, 29, 60])):
         prompts = random_prompts(lengths, REAL["vocab_size"])
         following = torch.randint(1, REAL["vocab_size"], (len(lengths), 6), device=DEVICE)
-        cases.append((prompts, following, decode_told(runner, prompts, following, bucket)))
+        cases.append((prompts, following, decode_told(runner, told, prompts, following, bucket)))
     if memory != "100%":
         assert runner.stats.misses > 0
     attach_cache(real, store.nbytes)
     real.set_attn_implementation("sdpa")
     for prompts, following, got in cases:
-        plain, clear = plain_logits(real, prompts, following, REAL["num_experts_per_tok"])
-        want, also = plain_logits(exact, prompts, following, REAL["num_experts_per_tok"])
-        check_logits(got, plain, want, torch.minimum(clear, also), 0.25)
+        check_logits(got, *(plain_logits(model, told, prompts, following) for model in (real, exact)))
 
 
 def test_records_of_the_random_model_differ(real):

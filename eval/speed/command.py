@@ -53,21 +53,22 @@ def speed(
     out: Annotated[Path, typer.Option(help="results file; a plot of the same name goes beside it")],
     layers: Annotated[int | None, typer.Option(min=1, help="first layers only; figures scaled to all beside")] = None,
     format: Annotated[str | None, typer.Option(help="of the experts: int4-g128 ...")] = None,
-    resident: Annotated[list[str] | None, typer.Option(help="expert memory: 25%, 4GiB ... [default: 25%]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="rows at a time [default: 1]")] = None,
-    prompt: Annotated[list[int] | None, typer.Option(min=1, help="tokens of a prompt [default: 2048]")] = None,
+    resident: Annotated[list[str] | None, typer.Option(help="expert memory: 25%, 4GiB ...; by default 25%")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="rows at a time; by default 1")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(min=1, help="tokens of a prompt; by default 2048")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="decode steps that are timed")] = 128,
     warm: Annotated[int, typer.Option(min=0, help="decode steps before them")] = 32,
     trace: Annotated[Path | None, typer.Option(help="recorded routes, .npz; else they are drawn")] = None,
     skew: Annotated[float, typer.Option(help="exponent of the experts' popularity")] = SKEW,
     stickiness: Annotated[
-        float | None, typer.Option(help="chance that a token keeps an expert [default: 70 % hits of an LRU at 25 %]")
+        float | None,
+        typer.Option(help="chance that a token keeps an expert; by default such that an LRU hits 70 % at 25 %"),
     ] = None,
     save_routes: Annotated[Path | None, typer.Option(help="write the routes here, to run them again")] = None,
     policy: Annotated[
         str, typer.Option(help=f"which expert makes room on our fast path: {', '.join(LAYER_POLICIES)}")
     ] = BEST_LAYER_POLICY,
-    systems: Annotated[str | None, typer.Option(help=f"{','.join(s.name for s in SYSTEMS)} [default: all]")] = None,
+    systems: Annotated[str | None, typer.Option(help=f"{','.join(s.name for s in SYSTEMS)}; by default all")] = None,
     baseline_layers: Annotated[int | None, typer.Option(min=1, help="layers that accelerate gets; scaled")] = None,
     time_limit: Annotated[float, typer.Option(help="seconds that prefills, warm-up and steps may each take")] = 60.0,
     profile: Annotated[

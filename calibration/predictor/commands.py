@@ -73,12 +73,24 @@ def predictor(
     rate: Annotated[float, typer.Option(help="highest learning rate")] = Settings.rate,
     steps: Annotated[int, typer.Option(min=1)] = Settings.steps,
     batch: Annotated[int, typer.Option(min=1, help="items a step")] = Settings.batch,
+    generated: Annotated[
+        float, typer.Option(help="how much a generated token counts in the loss, a prompt's counts 1")
+    ] = Settings.generated,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Train the encoder-decoder that foretells every layer's experts from tokens."""
     try:
         found = [load_with_sight(path, pictures) for path in traces]
-        settings = Settings(width=width, inner=inner, loss=loss, rate=rate, steps=steps, batch=batch, seed=seed)
+        settings = Settings(
+            width=width,
+            inner=inner,
+            loss=loss,
+            rate=rate,
+            steps=steps,
+            batch=batch,
+            generated=generated,
+            seed=seed,
+        )
         with Progress(console=console, transient=True) as bar:
             row = bar.add_task("training", total=steps)
             trained = train(found, settings, lambda done, total: bar.update(row, completed=done, total=total))
@@ -87,9 +99,10 @@ def predictor(
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
     size = sum(parameter.numel() for parameter in trained.predictor.model.parameters())
+    generated_only = "" if trained.generated_recall is None else f" (generated tokens {trained.generated_recall:.1%})"
     console.print(
-        f"{out}: {trained.predictor.name}, {size / 1e6:.2f} M weights; recall at k {trained.recall:.1%} on "
-        f"{trained.items[1]} items held out of {sum(trained.items)}; {trained.seconds:.0f} s",
+        f"{out}: {trained.predictor.name}, {size / 1e6:.2f} M weights; recall at k {trained.recall:.1%}"
+        f"{generated_only} on {trained.items[1]} items held out of {sum(trained.items)}; {trained.seconds:.0f} s",
         highlight=False,
     )
 

@@ -5,6 +5,7 @@ was measured on the shipped model (calibration/predictor/README.md): d_model 64 
 nearly zero, so that a few minutes of one core are enough.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ _LAST_SHARE, _CLIP, _DECAY = 0.02, 1.0, 0.01
 @dataclass(frozen=True)
 class Settings:
     """How to train: ``steps`` of ``batch`` items; ``rate`` is the highest learning rate, reached after ``warmup``
-    steps."""
+    steps; ``generated`` is how much a generated token counts in the loss, where a prompt's counts 1."""
 
     width: int = 64
     inner: int = 256
@@ -41,6 +42,7 @@ class Settings:
     warmup: int = 100
     steps: int = 4000
     batch: int = 8
+    generated: float = 1.0
     held_out: float = 0.1
     seed: int = 0
 
@@ -52,14 +54,18 @@ class Settings:
                 f"{self.steps} steps of {self.batch} items with {self.held_out} held out: steps and items must be at "
                 "least 1, the share above 0 and below 1"
             )
+        if not (0 < self.generated < math.inf):
+            raise ExpertFlowError(f"generated tokens counting {self.generated} times: give a number above 0")
 
 
 @dataclass
 class Trained:
-    """The predictor, its recall at top_k on the held-out items, and the loss over the last tenth of the steps."""
+    """The predictor, its recall at top_k on the held-out items and on their generated tokens (none: None), and the loss
+    over the last tenth of the steps."""
 
     predictor: PathPredictor
     recall: float
+    generated_recall: float | None
     loss: float
     seconds: float
     items: tuple[int, int]
@@ -93,18 +99,19 @@ def train(
     tail = losses[-max(1, len(losses) // 10) :]
     found = Trained(
         predictor,
-        recall_of(predictor, held, traces[0][0].top_k),
+        *recalls_of(predictor, held, traces[0][0].top_k),
         sum(tail) / len(tail),
         time.perf_counter() - begun,
         (len(train_set), len(held)),
         losses,
     )
     predictor.trained = {
-        **{name: getattr(settings, name) for name in ("loss", "rate", "warmup", "steps", "batch", "seed")},
+        **{name: getattr(settings, name) for name in ("loss", "rate", "warmup", "steps", "batch", "generated", "seed")},
         "tasks": sorted({task for trace, _ in traces for task in trace.tasks}),
         "items": len(train_set),
         "held_out_items": len(held),
         "held_out_recall_at_k": round(found.recall, 4),
+        "held_out_generated_recall_at_k": found.generated_recall and round(found.generated_recall, 4),
     }
     return found
 
@@ -159,22 +166,27 @@ def sizes_for(traces: Sequence[RoutingTrace], settings: Settings, basis: Basis |
     )
 
 
-def path_loss(logits: Tensor, paths: Tensor, loss: str) -> Tensor:
-    """Mean over tokens [n, L, E]: of binary cross-entropies, or of softmax cross-entropies with used experts alike."""
+def path_loss(logits: Tensor, paths: Tensor, loss: str, weight: Tensor | None = None) -> Tensor:
+    """Mean over tokens [n, L, E], each counted ``weight`` [n] times: of binary cross-entropies, or of softmax
+    cross-entropies with used experts alike."""
     used = paths.float()
     if loss == "bce":
-        return F.binary_cross_entropy_with_logits(logits, used)
-    return -(logits.log_softmax(-1) * used / used.sum(-1, keepdim=True)).sum(-1).mean()
+        each = F.binary_cross_entropy_with_logits(logits, used, reduction="none").mean((1, 2))
+    else:
+        each = -(logits.log_softmax(-1) * used / used.sum(-1, keepdim=True)).sum(-1).mean(1)
+    return each.mean() if weight is None else (each * weight).sum() / weight.sum()
 
 
-def recall_of(predictor: PathPredictor, held: Sequence[Example], top_k: int) -> float:
-    """Share of the used experts that are among the top_k of highest score, over all tokens and layers."""
-    hits = total = 0
+def recalls_of(predictor: PathPredictor, held: Sequence[Example], top_k: int) -> tuple[float, float | None]:
+    """Share of the used experts that are among the top_k of highest score, over all tokens and layers, and over those
+    of generated tokens."""
+    hits, used = ([0, 0], [0, 0])
     for example in held:
-        scores = predictor._scores([example.item])[0]
-        hits += int((best(scores, top_k) & example.paths).sum())
-        total += int(example.paths.sum())
-    return hits / total
+        found = best(predictor._scores([example.item])[0], top_k) & example.paths
+        for at, first in enumerate((0, example.item.prompt)):
+            hits[at] += int(found[first:].sum())
+            used[at] += int(example.paths[first:].sum())
+    return hits[0] / used[0], hits[1] / used[1] if used[1] else None
 
 
 def _fit(
@@ -190,7 +202,9 @@ def _fit(
         logits = torch.cat([prompt[batch.prompt_real], answer[batch.answer_real]])
         prompts = [example.paths[: example.item.prompt] for example in some]
         answers = [example.paths[example.item.prompt :] for example in some]
-        loss = path_loss(logits, torch.cat(prompts + answers), settings.loss)
+        weight = torch.ones(len(logits))
+        weight[len(logits) - sum(map(len, answers)) :] = settings.generated
+        loss = path_loss(logits, torch.cat(prompts + answers), settings.loss, weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP)

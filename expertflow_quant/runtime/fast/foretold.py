@@ -21,7 +21,7 @@ from expertflow_quant.offload.path_model import PathBatch, PathModel, PathModelS
 from expertflow_quant.offload.predict_paths import PathPredictor, batch_of
 from expertflow_quant.offload.trace import GENERATED
 
-CHANCE = 0.7
+CHANCE = 0.6
 """Least probability that is acted on: a wrong guess takes the link from right ones. Measured on an H100 with guesses as
 good as those of the shipped predictor, ms a step: 9.3 without any, from 0.2 on 9.0, 0.5 7.5, 0.7 7.3, 0.9 8.0."""
 

@@ -1,6 +1,6 @@
-"""Write the generated parts of README.md: the demo's table, the file map (`make readme`; --check compares).
+"""Write the generated parts of README.md: two tables of figures, the file map (`make readme`; --check compares).
 
-The table comes from eval/results/demo.json. The map has a line for every folder and every file of code: the
+The tables come from files in eval/results/. The map has a line for every folder and every file of code: the
 first sentence of the module's docstring. A file that cannot be described in one sentence is two files.
 """
 
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from speed_table import speed_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -31,6 +33,7 @@ DESCRIPTIONS = {
     "setup.cfg": "Metadata, dependencies, settings of pytest, mypy and the import floors",
     "calibration/shipped/moe/": "The shipped Qwen3-VL-MoE, an ordinary transformers folder",
     "calibration/shipped/dense/": "Its dense twin, likewise",
+    "calibration/shipped/dense-total/": "The dense twin with as many parameters as the Mixture-of-Experts in all, int8",
     "calibration/predictor/shipped/": "Predictors of the shipped model's routes, trained on charts, documents or both",
     "calibration/predictor/shipped/charts/": "From ids and pictures, trained on charts alone",
     "calibration/predictor/shipped/documents/": "From ids and pictures, trained on documents alone",
@@ -50,7 +53,7 @@ def main(check_only: bool) -> None:
     for name, make in PARTS.items():
         text = replace_part(text, name, make())
     if check_only and text != README.read_text(encoding="utf-8"):
-        sys.exit("README.md differs from the tree or from eval/results/demo.json: run `make readme`")
+        sys.exit("README.md differs from the tree or from eval/results/: run `make readme`")
     README.write_text(text, encoding="utf-8")
 
 
@@ -129,7 +132,7 @@ def _tree_order(name: str) -> tuple[tuple[bool, str], ...]:
     return tuple(zip(is_folder, parts, strict=True))
 
 
-PARTS: dict[str, Callable[[], str]] = {"demo table": demo_table, "file map": file_map}
+PARTS: dict[str, Callable[[], str]] = {"demo table": demo_table, "speed table": speed_table, "file map": file_map}
 
 if __name__ == "__main__":
     main(check_only="--check" in sys.argv)

@@ -52,7 +52,7 @@ VARIANTS = (
     Variant("mixed", "mixed 3 bits", ("--method", "gptq", "--plan", "plan.json")),
     Variant("int2", "int2 GPTQ", ("--method", "gptq", "--format", "int2-g32")),
 )
-ORIGINAL, BASELINE, SERVED, DENSE = "original", "bf16", "int4-awq", "dense"
+ORIGINAL, BASELINE, SERVED, DENSE, LARGER = "original", "bf16", "int4-awq", "dense", "dense-total"
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Demo:
     folder: Path
     moe: Path
     dense: Path
+    larger: Path
     items: int
     pool: Pool
     console: Console
@@ -76,7 +77,9 @@ class Demo:
         """The rows of the table, top to bottom."""
         variants = [System(v.name, v.label, self.folder / v.name, EXPERT_MEMORY) for v in VARIANTS]
         original = System(ORIGINAL, "original", self.moe)
-        return [original, *variants, System(DENSE, "dense twin", self.dense)]
+        twins = [System(DENSE, "dense twin", self.dense)]
+        twins.append(System(LARGER, "larger dense twin", self.folder / LARGER))
+        return [original, *variants, *twins]
 
     def log(self, name: str) -> Path:
         """The log of one job."""
@@ -98,7 +101,8 @@ def main(
     folder: Annotated[Path, typer.Option(help="for checkpoints, logs and answers; made anew")] = Path("demo"),
     record: Annotated[bool, typer.Option(help="write the figures into eval/results too")] = False,
     moe: Annotated[Path, typer.Option(help="the model to quantize")] = SHIPPED / "moe",
-    dense: Annotated[Path, typer.Option(help="its dense twin")] = SHIPPED / "dense",
+    dense: Annotated[Path, typer.Option(help="its dense twin of equal active parameters")] = SHIPPED / "dense",
+    larger: Annotated[Path, typer.Option(help="the twin of equal parameters in all, packed")] = SHIPPED / LARGER,
     workers: Annotated[int, typer.Option(min=1, help="processes side by side")] = min(4, os.cpu_count() or 1),
 ) -> None:
     """Quantize, check, serve and judge the shipped models on this machine's CPU."""
@@ -106,7 +110,8 @@ def main(
     start = time.perf_counter()
     try:
         prepare_folder(folder)
-        demo = Demo(folder.resolve(), moe.resolve(), dense.resolve(), items, Pool(workers, console), console)
+        models = (path.resolve() for path in (folder, moe, dense, larger))
+        demo = Demo(*models, items, Pool(workers, console), console)
         run(demo, record)
     except (JobError, ValueError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -126,7 +131,7 @@ def run(demo: Demo, record: bool) -> None:
     with demo.step("serve", f"Serve {short_path(demo.folder / SERVED)} and ask it about a chart, streaming"):
         conversation = serve_and_ask(demo, tasks[0])
     what = f"{demo.items} held-out chart and {demo.items} document questions"
-    with demo.step("judge", f"Judge them, the original and its dense twin on {what}"):
+    with demo.step("judge", f"Judge them, the original and its dense twins on {what}"):
         judgements = judge_all(demo, tasks)
     identical = check_identical(demo)
     comparisons = compare_all(judgements)
@@ -157,8 +162,8 @@ def prepare_folder(folder: Path) -> None:
 
 
 def quantize_all(demo: Demo) -> None:
-    """Step 1: all variants, a few side by side; the mixed one after its plan."""
-    jobs = [quantize_job(demo, variant) for variant in VARIANTS]
+    """Step 1: all variants and the larger twin, a few side by side; the mixed one after its plan."""
+    jobs = [*(quantize_job(demo, variant) for variant in VARIANTS), unpack_job(demo)]
     jobs.sort(key=lambda job: -len(job.commands))  # the longest first
     demo.pool.run(jobs)
 
@@ -174,6 +179,12 @@ def quantize_job(demo: Demo, variant: Variant) -> Job:
         commands = ((*decide, "--average-bits", str(AVERAGE_BITS), "-o", plan), make)
     note = f"{' '.join(variant.options)}{', after calibration plan' if plan in options else ''}"
     return Job(variant.name, commands, demo.log(f"quantize-{variant.name}"), note)
+
+
+def unpack_job(demo: Demo) -> Job:
+    """The command that makes an ordinary folder of the larger dense twin."""
+    expand = (sys.executable, "-m", "calibration.shipped.packed", "expand", str(demo.larger), str(demo.folder / LARGER))
+    return Job(LARGER, (expand,), demo.log(f"unpack-{LARGER}"), "the larger dense twin, out of its int8 rows")
 
 
 def serve_and_ask(demo: Demo, charts: Task) -> dict[str, Any]:
@@ -241,12 +252,12 @@ def check_identical(demo: Demo) -> dict[str, Any]:
 
 
 def compare_all(judgements: Sequence[Judgement]) -> list[Comparison]:
-    """Everything against the bf16 checkpoint, paired; the dense twin at the margin for another model."""
+    """Everything against the bf16 checkpoint, paired; the dense twins at the margin for another model."""
     baseline = next(j for j in judgements if j.system.name == BASELINE)
     comparisons = []
     for judgement in judgements:
         if judgement is not baseline:
-            margin = MARGIN_DENSE if judgement.system.name == DENSE else MARGIN_OWN
+            margin = MARGIN_DENSE if judgement.system.name in (DENSE, LARGER) else MARGIN_OWN
             comparisons += compare(judgement, baseline, margin)
     return comparisons
 

@@ -97,7 +97,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(sheets: int = 2500) -> ImageProcessor:
-    """The processor of both models."""
+    """The processor of all models."""
     images = Qwen2VLImageProcessor(
         patch_size=PATCH,
         merge_size=MERGE,

@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("out", type=Path, help="folder for weights and loss curve")
     shared = Path(__file__).with_name("moe")
-    parser.add_argument("--processor", type=Path, default=shared, help="folder of the processor that both models share")
+    parser.add_argument("--processor", type=Path, default=shared, help="folder of the processor that all models share")
     parser.add_argument(
         "--tower", type=Path, help="start from this trained tower (tower.safetensors of an earlier run)"
     )

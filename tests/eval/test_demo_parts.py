@@ -125,13 +125,13 @@ def test_the_demo_empties_only_its_own_folder(tmp_path):
 
 
 def test_the_mixed_variant_is_planned_first(tmp_path):
-    demo = Demo(tmp_path, tmp_path / "moe", tmp_path / "dense", 8, Pool(1, quiet()), quiet())
+    demo = Demo(tmp_path, tmp_path / "moe", tmp_path / "dense", tmp_path / "packed", 8, Pool(1, quiet()), quiet())
     jobs = {variant.name: quantize_job(demo, variant) for variant in VARIANTS}
     plan, make = jobs["mixed"].commands
     assert plan[1:4] == ("-m", "calibration", "plan")
     assert plan[-1] == make[make.index("--plan") + 1]
     assert all(len(job.commands) == 1 for name, job in jobs.items() if name != "mixed")
-    assert [system.name for system in demo.systems()] == ["original", *jobs, "dense"]
+    assert [system.name for system in demo.systems()] == ["original", *jobs, "dense", "dense-total"]
 
 
 def test_cells_never_wrap_and_headers_do():

@@ -47,6 +47,8 @@ def cache(
     shares = sorted(budget or BUDGETS)
     chosen = [each for each in WORKLOADS if not workload or each.name in workload]
     try:
+        if not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"budgets of {shares}: give shares of all experts, 0.25 for a quarter")
         if not chosen:
             raise ValueError(f"no workload of these names: use {', '.join(repr(each.name) for each in WORKLOADS)}")
         fits = [RoutingTrace.load(path) for path in fit]

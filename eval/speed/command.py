@@ -82,6 +82,8 @@ def speed(
     console = make_console()
     try:
         specs = chosen_systems(systems)
+        if not time_limit > 0:
+            raise ValueError(f"a --time-limit of {time_limit} seconds leaves no time: give more than 0, or inf")
         found = find_target(target, layers, tiny, format, seed)
         refuse_without_usage(layer_policy(policy), None)
         bench = Bench(found, pick_device(device), seed, baseline_layers, policy)

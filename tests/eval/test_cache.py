@@ -212,6 +212,8 @@ def test_the_fast_path_s_policies_are_judged_on_drawn_and_recorded_routes(tmp_pa
         (["--workload", "nothing"], "no workload of these names"),
         (["--link-records", "0"], "more than 0 bytes"),
         (["--budget", "0.0001"], "expert memory"),
+        (["--budget", "nan"], "give shares of all experts"),
+        (["--budget", "25"], "give shares of all experts"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_words(tmp_path, arguments, said):

@@ -335,3 +335,10 @@ def test_a_trace_of_another_model_is_refused(tmp_path):
     code, output = speed("Mixtral-8x7B", "--tiny", "--trace", tmp_path / "r.npz", "--out", tmp_path / "o.json", *FAST)
     assert code == 1
     assert "record a trace of this model" in " ".join(output.split())
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan"])
+def test_a_time_limit_that_leaves_no_time_is_refused(limit, tmp_path):
+    code, output = speed("OLMoE", "--tiny", "--time-limit", limit, "--out", tmp_path / "o.json", *FAST)
+    assert code == 1
+    assert "give more than 0" in " ".join(output.split())

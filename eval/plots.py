@@ -16,8 +16,8 @@ from eval.comparison import Comparison
 from eval.judge import Judgement
 from eval.tasks import Task
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8A8A8A")
+# Okabe and Ito's colours, which stay apart for colour-blind readers, and two more
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", "#8A8A8A", "#7A3E9D")
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -39,7 +39,7 @@ def judgement_figure(judgements: Sequence[Judgement], tasks: Sequence[Task]) -> 
             left = figure.add_subplot(grid[row, 0])
             draw_kinds(left, judgements, task)
             if row == 0:
-                figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=len(judgements))
+                name_systems(figure, left, abreast=9)
             draw_bytes(figure.add_subplot(grid[row, 1]), judgements, task)
             draw_speed(figure.add_subplot(grid[row, 2]), judgements, task)
         return figure
@@ -55,8 +55,14 @@ def comparison_figure(
         for column, task in enumerate(tasks):
             draw_bytes(axes[0][column], judgements, task)
             draw_differences(axes[1][column], [c for c in comparisons if c.task == task.name], task, colors)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=len(judgements))
+        name_systems(figure, axes[0][0], abreast=5)
         return figure
+
+
+def name_systems(figure: Figure, axes: Axes, abreast: int) -> None:
+    """A legend above everything, in as many lines as leave no more than ``abreast`` in one."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), abreast))
 
 
 def color_of(system: int) -> str:

@@ -24,7 +24,8 @@ Chances = list[list[float]]
 
 @dataclass(frozen=True)
 class PassTokens:
-    """Tokens about to run, on the CPU: ``ids`` int64 [B, T]; ``real``, where no padding is, and ``image`` bool [B, T];
+    """Tokens about to run, on the CPU: ``ids`` int64 [B, T]; ``real``, those that are waited for (no padding, no answer
+    that has ended), and ``image`` bool [B, T];
     ``embeddings`` float [B, T, H] that the language model is given, if they are known. ``begins``: prompts of new
     answers, else a token of each answer under way."""
 
@@ -84,7 +85,7 @@ class PathForesight:
             real = torch.cat([batch.answer_real, torch.ones_like(ids, dtype=torch.bool)], dim=1)
             self._batch = replace(batch, answer=torch.cat([batch.answer, ids], dim=1), answer_real=real)
             logits = self._predictor.model.of_answers(self._batch, self._memory)
-        return joined(logits[:, -ids.shape[1] :].flatten(0, 1))
+        return joined(logits[:, -ids.shape[1] :][tokens.real])
 
     def at(self, layer: int, hidden: Tensor) -> None:
         """Nothing: all layers were foretold before the first."""

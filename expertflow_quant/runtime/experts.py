@@ -17,6 +17,7 @@ from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import expert_product, expert_weights
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.runtime.fast import passes
+from expertflow_quant.runtime.waited import waited_for
 
 NAME = "expertflow"
 """Under which transformers knows the function."""
@@ -49,13 +50,16 @@ def attached(model: Any) -> list[Any]:
 def experts_forward(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The weighted sum of every token's experts, ``[T, H]`` in hidden's dtype, on the cache's device.
 
-    Ids at or above ``module.num_experts`` mark (token, k) pairs that belong to nobody here and add nothing.
+    Ids at or above ``module.num_experts`` mark (token, k) pairs that belong to nobody here and add nothing, and tokens
+    that nobody waits for (waited.py) have no others.
     Raises ExpertFlowError in training mode, on another device, or when no checkpoint is attached. During a pass of the
     fast path the pass answers instead.
     """
     if (fast := passes.current()) is not None:
         return fast.experts(getattr(module, NAME).layer, module, hidden, top_k_index, top_k_weights)
     experts = _attached(module, hidden)
+    if (waited := waited_for(len(top_k_index))) is not None:
+        top_k_index = top_k_index.masked_fill(~waited.to(top_k_index.device)[:, None], module.num_experts)
     with torch.no_grad():
         rows = _expert_rows(module, experts, hidden, top_k_index).view(*top_k_index.shape, hidden.shape[1])
         sums = [

@@ -12,6 +12,7 @@ from expertflow_quant.models.seams import image_ids
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.foresight import Chances, Foresight, PassTokens
 from expertflow_quant.runtime.experts import NAME, attached
+from expertflow_quant.runtime.waited import waited_for
 from expertflow_quant.runtime.watcher import router_weight
 
 SURE, LEAST = 0.9, 0.6
@@ -71,9 +72,12 @@ class _Hooks:
         past = self._named.get("past_key_values")
         begins = past is None or int(past.get_seq_length()) == 0
         ids = ids.detach().to("cpu", torch.int64)
+        real = _real(self._named.get("attention_mask"), ids)
+        if (waited := waited_for(real.numel())) is not None:
+            real = real & waited.cpu().view_as(real)
         tokens = PassTokens(
             ids,
-            _real(self._named.get("attention_mask"), ids),
+            real,
             torch.isin(ids, self._image_ids),
             begins,
             _on_cpu(named.get("inputs_embeds")),
@@ -83,7 +87,10 @@ class _Hooks:
 
     def layer_begins(self, module: Any, args: tuple[Any, ...]) -> None:
         layer = getattr(module, NAME).layer
-        better = self._foresight.at(layer, args[0].detach())
+        hidden = args[0].detach()
+        if (waited := waited_for(len(hidden))) is not None:
+            hidden = hidden[waited]
+        better = self._foresight.at(layer, hidden)
         if better is not None and self._cache.progress.scores is self._chances:
             self._chances[layer + 1] = list(better)
 

@@ -15,6 +15,7 @@ from expertflow_quant.offload.stats import CacheStats
 from expertflow_quant.runtime.answers import Sampling, decode, find_stop
 from expertflow_quant.runtime.prompts import Prompts
 from expertflow_quant.runtime.stream import Cancellable, TokenQueue
+from expertflow_quant.runtime.waited import Waited
 
 
 class PlainRunner:
@@ -65,6 +66,7 @@ class PlainRunner:
     def _batch(
         self, prompts: Prompts, sampling: Sampling, streamer: TokenQueue | None, cancellable: Cancellable | None
     ) -> list[list[int]]:
+        inputs = moved(prompts.inputs, self.model.device)
         criteria: list[StoppingCriteria] = [cancellable] if cancellable is not None else []
         if sampling.stop:
             criteria.append(StopTexts(self._tokenizer, sampling.stop, prompts.width))
@@ -74,12 +76,10 @@ class PlainRunner:
         }
         if options["do_sample"]:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        with _seeded(sampling.seed, self.model.device):
+        waited = Waited(criteria, _end_ids(self.model), inputs["attention_mask"])
+        with _seeded(sampling.seed, self.model.device), waited.watching():
             sequences: Tensor = self.model.generate(
-                **moved(prompts.inputs, self.model.device),
-                **options,
-                stopping_criteria=StoppingCriteriaList(criteria),
-                streamer=streamer,
+                **inputs, **options, stopping_criteria=StoppingCriteriaList([waited]), streamer=streamer
             )
         rows: list[list[int]] = sequences[:, prompts.width :].tolist()
         return rows
@@ -126,6 +126,11 @@ class StopTexts(StoppingCriteria):
 def moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """``inputs`` with their tensors on ``device``."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def _end_ids(model: Any) -> list[int]:
+    found = model.generation_config.eos_token_id
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class Activations:
     def commit(self, block: int, outputs: Sequence[Stored]) -> None:
         """Notes that the outputs of a block are whole, one of each batch."""
         state = [{"file": each.file, "structure": each.structure, "sha256": each.sha256} for each in outputs]
-        write_durably(self._state(block), [json_bytes({"outputs": state})], self._durable)
+        write_durably(self._state(block), [json_bytes({"made": state})], self._durable)
 
     def resume(self, before: int, batches: int) -> tuple[int, list[Stored]] | None:
         """The last block before block ``before`` whose outputs are whole, with them; everything else is removed."""
@@ -76,7 +76,7 @@ class Activations:
     def _outputs(self, block: int) -> list[Stored] | None:
         try:
             state: Any = read_json(self._state(block))
-            outputs = [Stored(each["file"], each["structure"], each["sha256"]) for each in state["outputs"]]
+            outputs = [Stored(each["file"], each["structure"], each["sha256"]) for each in state["made"]]
             intact = all(hash_file(inner_path(self._folder, each.file)) == each.sha256 for each in outputs)
         except (CheckpointError, KeyError, TypeError):
             return None

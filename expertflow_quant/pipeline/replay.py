@@ -6,11 +6,12 @@ nothing, and that one answers with what was read. What lies between blocks (embe
 features added to the stream) is the model's own code and costs little; what towers give (modules with blocks of their
 own) is read from disk too.
 
-A model of which this is not true is found out and raises NotReplayable: its blocks share something that they may
-write to, or what comes out of a skipped block, which is NaN, reaches a block that runs.
+Blocks may share a dict of tensors (Gemma 4's blocks leave keys and values in one): what it held behind a block is kept
+with that block's output. A model of which all this is not true is found out and raises NotReplayable: its blocks share
+something else that they may write to, or what comes out of a skipped block, which is NaN, reaches a block that runs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -146,7 +147,7 @@ class Replay:
         if before is not None:
             loaded = [tensor.to(self._device) for tensor in self._store.load(before)]
             run.before = value_of(before.structure, loaded)
-            run.skipped = value_of(before.structure, [_poison(tensor) for tensor in loaded])
+            run.skipped, _ = value_of(before.structure, [_poison(tensor) for tensor in loaded])
         try:
             with observed_by(run), torch.no_grad():
                 self._model(**self._batch(run.batch), use_cache=False)
@@ -180,15 +181,19 @@ class Replay:
         run = _current()
         if number < run.start - 1:
             return run.skipped
+        shared = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
         if number == run.start - 1:
-            return run.before
+            output, held = run.before
+            _refill(shared, held)
+            return output
         _refuse_shared(args, kwargs)
-        if number == run.start > 1 and _has_nan((args, kwargs)) and not _has_nan(run.before):
+        given = args, list(kwargs.values()), _items(shared)
+        if number == run.start > 1 and _has_nan(given) and not _has_nan(run.before):
             raise NotReplayable("what a block makes goes to other blocks than the next one")
         output = forward(*args, **kwargs)
         _refuse_shared(args, kwargs)
         if number == run.stop:
-            run.output = output
+            run.output = output, _items(shared)
             raise _Reached
         return output
 
@@ -257,19 +262,30 @@ def _has_nan(value: Any) -> bool:
     return any(bool(tensor.max().isnan()) for tensor in tensors if tensor.is_floating_point() and tensor.numel())
 
 
+def _items(mappings: Sequence[Mapping[Any, Any]]) -> list[list[tuple[Any, Any]]]:
+    return [list(mapping.items()) for mapping in mappings]
+
+
+def _refill(mappings: Sequence[MutableMapping[Any, Any]], held: Sequence[list[tuple[Any, Any]]]) -> None:
+    """Mappings hold what they held behind the block that is skipped."""
+    if len(mappings) != len(held):
+        raise NotReplayable(f"a block was given {len(held)} dicts to share, and now {len(mappings)}")
+    for mapping, items in zip(mappings, held, strict=True):
+        mapping.clear()
+        mapping.update(items)
+
+
 def _refuse_shared(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Blocks that are given something to write to may tell each other what is not in their outputs; as long as it is
-    empty they have not."""
+    """Blocks that are given something to write to may tell each other what is not in their outputs; only what a dict
+    of tensors holds can be kept and given back."""
     given = [(f"argument {place}", value) for place, value in enumerate(args)] + list(kwargs.items())
     for name, value in given:
-        if not _is_plain(value):
+        if not _is_plain(tuple(value.items()) if isinstance(value, Mapping) else value):
             raise NotReplayable(f"blocks are given a {type(value).__name__} ({name}) that they may write to")
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_plain(each) for each in value)
-    if isinstance(value, Mapping):
-        return len(value) == 0
     plain = (Tensor, bool, int, float, str, torch.dtype, torch.device, torch.Size)
     return value is None or isinstance(value, plain)

@@ -2,6 +2,7 @@
 cannot be run apart, that is found out."""
 
 import warnings
+from collections import UserDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ SPECIAL = {
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_models_that_are_made_in_other_ways(kind: str, tmp_path: Path) -> None:
     """Linear attention and a gate in the block's own hands; a bias beside the router; scaled embeddings and a dict
-    that blocks could share, but do not."""
+    that blocks could share, but nobody reads."""
     config = CONFIG_MAPPING[kind](**tiny.TEXT, **tiny.MOE, **SPECIAL[kind])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -137,20 +138,22 @@ def test_models_that_are_made_in_other_ways(kind: str, tmp_path: Path) -> None:
     assert_as_the_plain_model(list(observations(tmp_path, family).layers()), tmp_path, family)
 
 
-def forward_with(shared: bool, sums: bool, masked: bool = False) -> Any:
-    """A model's forward whose blocks share a dict, or read the sum of all blocks before them."""
+def forward_with(sums: bool = False, masked: bool = False, **given: Any) -> Any:
+    """A model's forward whose blocks get ``given`` too, or read the sum of all blocks before them."""
 
     def forward(self: Any, input_ids: Tensor, **kwargs: Any) -> MoeModelOutputWithPast:
         hidden = self.embed_tokens(input_ids)
         places = torch.arange(input_ids.shape[1])[None]
         embeddings, outputs = self.rotary_emb(hidden, places), [torch.zeros_like(hidden)]
-        given: dict[str, Any] = {"shared": {}} if shared else {}
-        given["attention_mask"] = torch.full((len(places[0]),) * 2, -torch.inf).triu(1)[None, None] if masked else None
-        for number, layer in enumerate(self.layers):
-            if shared and number > 1:
-                given["shared"]["of a block"] = hidden
+        mask = torch.full((len(places[0]),) * 2, -torch.inf).triu(1)[None, None] if masked else None
+        more = {name: make() for name, make in given.items()}
+        for layer in self.layers:
             hidden = layer(
-                hidden + (sum(outputs) if sums else 0), position_ids=places, position_embeddings=embeddings, **given
+                hidden + (sum(outputs) if sums else 0),
+                attention_mask=mask,
+                position_ids=places,
+                position_embeddings=embeddings,
+                **more,
             )
             outputs.append(hidden)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden))
@@ -159,12 +162,18 @@ def forward_with(shared: bool, sums: bool, masked: bool = False) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("shared", "sums", "why"), [(True, False, "a dict .shared. that they may write to"), (False, True, "other blocks")]
+    ("forward", "why"),
+    [
+        (forward_with(shared=list), "a list .shared. that they may write to"),
+        (forward_with(shared=lambda: {"all": []}), "a dict .shared. that they may write to"),
+        (forward_with(sums=True), "other blocks"),
+    ],
+    ids=["list", "dict of lists", "sums"],
 )
 def test_blocks_that_cannot_run_apart_meet_in_memory(
-    shared: bool, sums: bool, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    forward: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mixtral.MixtralModel, "forward", forward_with(shared, sums))
+    monkeypatch.setattr(mixtral.MixtralModel, "forward", forward)
     folder = save_model("mixtral", tmp_path)
     with pytest.warns(UserWarning, match=why):
         layers = list(observations(folder, "mixtral").layers())
@@ -172,9 +181,30 @@ def test_blocks_that_cannot_run_apart_meet_in_memory(
     assert_as_the_plain_model(layers, folder, "mixtral")
 
 
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_a_dict_that_blocks_share_is_kept_with_their_outputs(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block leaves something there; the last one reads it, though only what is between has run before it."""
+    monkeypatch.setattr(mixtral.MixtralModel, "forward", forward_with(shared=kind))
+    plain, folder = mixtral.MixtralDecoderLayer.forward, save_model("mixtral", tmp_path / "model")
+
+    def sharing(self: Any, hidden: Tensor, shared: Any, **kwargs: Any) -> Any:
+        if (number := self.self_attn.layer_idx) == 0:
+            shared["first"] = hidden * 2, hidden + 1
+        return plain(self, hidden + (sum(shared["first"]) if number == 3 else 0), **kwargs)
+
+    monkeypatch.setattr(mixtral.MixtralDecoderLayer, "forward", sharing)
+    scratch = tmp_path / "scratch"
+    layers = observations(folder, "mixtral").layers(0, scratch)
+    first = [next(layers), next(layers)]
+    layers.close()  # type: ignore[attr-defined]
+    assert_as_the_plain_model(first + list(observations(folder, "mixtral").layers(2, scratch)), folder, "mixtral")
+
+
 def test_a_plain_chain_of_blocks_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask may hold minus infinity."""
-    monkeypatch.setattr(mixtral.MixtralModel, "forward", forward_with(False, False, masked=True))
+    monkeypatch.setattr(mixtral.MixtralModel, "forward", forward_with(masked=True))
     folder = save_model("mixtral", tmp_path)
     assert_as_the_plain_model(list(observations(folder, "mixtral").layers()), folder, "mixtral")
 

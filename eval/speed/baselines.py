@@ -14,6 +14,7 @@ from eval.speed.bench import Bench
 from eval.speed.random_model import RandomModel
 from eval.speed.routing import ForcedRoutes
 from eval.speed.systems import Clock, Counters, Setting, SystemSpec, Timing
+from expertflow_quant.models.seams import cache_argument
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.slots import minimum_bytes
 from expertflow_quant.runtime.experts import NAME, LayerExperts, attach
@@ -59,8 +60,9 @@ class EagerModel:
 
     def _run(self, tokens: Tensor | None, routes: Tensor) -> None:
         self._routes.set(routes)
+        cache = {cache_argument(self.model): self._past}
         with torch.inference_mode():
-            made = self.model(input_ids=tokens, past_key_values=self._past, use_cache=True, logits_to_keep=1)
+            made = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache)
             made.logits[:, -1:].argmax(dim=-1)  # as a user would; what follows is the prompt's last token again
 
 

@@ -27,6 +27,7 @@ TOP_K_NAMES = (
     "moe_top_k",
     "top_k",
 )
+CACHE_NAMES = ("cache", "past_key_values")  # of the argument that is the KV cache, since transformers 5.24 and before
 
 
 def expert_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -44,6 +45,12 @@ def expert_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in found:
         _refuse_unknown(name, module)
     return found
+
+
+def cache_argument(model: nn.Module) -> str:
+    """By which name the forward of ``model`` takes its KV cache."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in taken), CACHE_NAMES[-1])
 
 
 def is_experts(module: nn.Module) -> bool:

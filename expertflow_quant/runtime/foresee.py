@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertflow_quant.models.seams import image_ids
+from expertflow_quant.models.seams import CACHE_NAMES, image_ids
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.foresight import Chances, Foresight, PassTokens
 from expertflow_quant.runtime.experts import NAME, attached
@@ -69,7 +69,7 @@ class _Hooks:
         if ids is None:  # called with embeddings alone, of which nothing can be foretold
             self._cache.progress.begin_step()
             return
-        past = self._named.get("past_key_values")
+        past = next((self._named[name] for name in CACHE_NAMES if self._named.get(name) is not None), None)
         begins = past is None or int(past.get_seq_length()) == 0
         ids = ids.detach().to("cpu", torch.int64)
         real = _real(self._named.get("attention_mask"), ids)

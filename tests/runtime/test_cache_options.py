@@ -128,6 +128,19 @@ def test_a_pass_is_told_what_the_predictor_scores(folder, usage):
             torch.testing.assert_close(torch.tensor(chances), 1 - (1 - scores[step]).prod(0), atol=1e-4, rtol=1e-4)
 
 
+def test_a_prompt_begins_once(folder, usage, monkeypatch):
+    """A predictor forgets what it has read where a prompt begins; each token after it is read behind the prompt."""
+    told, before = [], PathForesight.before
+    monkeypatch.setattr(PathForesight, "before", lambda self, tokens: (told.append(tokens), before(self, tokens))[1])
+    engine = expertflow_quant.load(folder / "checkpoint", "40%", predictor="paths", fast=False)
+    for prompt in ASKED[:2]:
+        (answer,) = engine.generate([prompt], 4)
+        steps = answer.completion_tokens - 1
+        assert [tokens.begins for tokens in told] == [True] + [False] * steps
+        assert [tokens.ids.shape[1] for tokens in told] == [answer.prompt_tokens] + [1] * steps
+        told.clear()
+
+
 def test_next_gate_names_what_the_next_router_chooses(folder):
     """With one layer's router in the next one's place, the guess is that layer's own choice."""
     engine = expertflow_quant.load(folder / "checkpoint", "40%", predictor="next-gate", ahead=1.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from expertflow_quant.kernels import Gate, combine, decode_attention, few_product, grouped_rows, plan_blocks
+from expertflow_quant.models.seams import cache_argument
 from expertflow_quant.offload.layer_slots import Pools
 from expertflow_quant.offload.overflow import OverflowRoom, may_overflow
 from expertflow_quant.offload.resident import ResidentExperts
@@ -316,8 +317,8 @@ class DecodeGraphs:
             outputs = self.model(
                 input_ids=self.tokens[:bucket],
                 position_ids=self.positions[..., :bucket, :],
-                past_key_values=PassThrough(),
                 use_cache=True,
+                **{cache_argument(self.model): PassThrough()},
             )
             the_pass.end()
             self._logits[bucket] = outputs.logits[:, -1]

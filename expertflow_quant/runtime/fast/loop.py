@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertflow_quant.models.seams import cache_argument
 from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.offload.staging import StagingRing
 from expertflow_quant.offload.stats import CacheStats
@@ -136,9 +137,8 @@ class FastRunner:
             _embeddings(self.model, foretold is not None and foretold.looks_at_pictures) as embeddings,
         ):
             positions = positions_of(self.model, inputs)
-            outputs = self.model(
-                **inputs, position_ids=positions, past_key_values=PassThrough(), use_cache=True, logits_to_keep=1
-            )
+            cache = {cache_argument(self.model): PassThrough()}
+            outputs = self.model(**inputs, position_ids=positions, **cache, use_cache=True, logits_to_keep=1)
         if foretold is not None:
             foretold.read(first, prompts.inputs, *embeddings)
         self.graphs.positions[..., first : first + len(prompts), :] = positions[..., -1:] + 1

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import Gate
+from expertflow_quant.models.seams import cache_argument
 from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.fast.attention import NAME, PassThrough
 from expertflow_quant.runtime.fast.kv import KVShape
@@ -112,7 +113,7 @@ def probe(model: Any, device: torch.device) -> Findings:
     try:
         with passes.running(seen):
             positions = positions_of(model, inputs)
-            model(**inputs, position_ids=positions, past_key_values=PassThrough(), use_cache=True)
+            model(**inputs, position_ids=positions, **{cache_argument(model): PassThrough()}, use_cache=True)
             _refuse_waits(model, ids[:, -1:], positions[..., -1:] + 1)
     except FastPathError:
         raise
@@ -128,7 +129,7 @@ def probe(model: Any, device: torch.device) -> Findings:
 
 def _refuse_waits(model: Any, ids: Tensor, positions: Tensor) -> None:
     with passes.running(_Probe()), _Waits() as waits:  # type: ignore[no-untyped-call]
-        model(input_ids=ids, position_ids=positions, past_key_values=PassThrough(), use_cache=True)
+        model(input_ids=ids, position_ids=positions, **{cache_argument(model): PassThrough()}, use_cache=True)
     if waits.found is not None:
         raise FastPathError(
             f"{type(model).__name__} reads what the device has computed ({waits.found}) to decide how a step goes on, "

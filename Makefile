@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 # each test process is single-threaded; two were fastest on a busy machine of four cores
 PYTEST_WORKERS ?= 2
 GPU_WORKERS ?= 8
+GPU_ARGS ?=
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 # any Python 3.11+ can run the installer; it chooses the one to build .venv from
@@ -45,10 +46,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	@.ci/test.sh $(BIN) $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
-# Triton compiles most of the time, so processes side by side pay
 test-gpu: $(STAMP)
-	@$(BIN)/python -m pytest -m "cuda and alone" $(PYTEST_ARGS)
-	@$(BIN)/python -m pytest -m "cuda and not alone" -n $(GPU_WORKERS) --dist load $(PYTEST_ARGS)
+	@$(BIN)/python -m eval gpu-tests --workers $(GPU_WORKERS) $(GPU_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

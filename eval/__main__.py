@@ -18,6 +18,7 @@ from eval.cache.command import cache
 from eval.compare.command import compare as compare_command
 from eval.comparison import Comparison, compare
 from eval.curves.command import curves
+from eval.gpu_tests.command import gpu_tests
 from eval.harness.command import lmms
 from eval.judge import Judgement, System, judge
 from eval.peers.command import peers
@@ -69,6 +70,7 @@ app.command()(peers)
 app.command()(curves)
 app.command()(lmms)
 app.command()(run)
+app.command()(gpu_tests)
 app.command()(streaming)
 app.command("compare")(compare_command)
 app.command("calibrate-verdict")(calibrate_verdict)

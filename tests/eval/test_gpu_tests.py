@@ -1,0 +1,98 @@
+"""What a run of the GPU's tests leaves behind: on a folder of tests of every outcome, in one process and in two, ended
+by a limit, and where there is no GPU."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from eval.__main__ import app
+from eval.gpu_tests import command
+from eval.gpu_tests.command import ALONE, run_pytest, tally
+
+TESTS = """
+import time
+import pytest
+
+pytestmark = MARKS
+
+def test_good(): pass
+def test_bad(): assert 1 == 2, "one is not two"
+@pytest.mark.skip(reason="no second GPU")
+def test_without(): pass
+@pytest.fixture
+def torn():
+    yield
+    raise OSError("torn down")
+def test_torn(torn): pass
+def test_last(): time.sleep(SLEEP)
+"""
+
+
+def written(folder: Path, name: str, alone: bool = False, sleep: float = 0) -> Path:
+    path = folder / f"test_{name}.py"
+    path.write_text(
+        TESTS.replace("MARKS", f"[pytest.mark.cuda{', pytest.mark.alone' * alone}]").replace("SLEEP", str(sleep))
+    )
+    return path
+
+
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["one", "two"])
+def test_each_outcome_is_told_with_its_reason(processes: list[str], tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    assert run_pytest(["-m", "cuda", *processes, "-q", str(written(tmp_path, "a"))], lines, 60) == 1
+    found = tally(lines)
+    assert found["counts"] == {"passed": 2, "failed": 2, "skipped": 1, "not run": 0}
+    ((file, count),) = found["files"].items()
+    assert file.endswith("test_a.py")
+    assert count == found["counts"]
+    reasons = sorted(found["failed"].values())
+    assert "one is not two" in reasons[0]
+    assert reasons[1] == "OSError: torn down"
+    assert list(found["skipped"].values()) == ["no second GPU"]
+
+
+def test_a_run_that_hangs_is_ended_and_has_told_what_it_saw(tmp_path: Path) -> None:
+    lines, begun = tmp_path / "lines.jsonl", time.monotonic()
+    assert run_pytest(["-m", "cuda", "-q", str(written(tmp_path, "a", sleep=600))], lines, 8) is None
+    assert time.monotonic() - begun < 30
+    found = tally(lines)
+    assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 1, "not run": 1}
+    assert [test.split("::")[1] for test in found["not run"]] == ["test_last"]
+    assert run_pytest(["--version"], lines, 0) is None
+
+
+def test_the_command_runs_the_lonely_ones_alone_and_writes_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "provenance", lambda module, arguments, device: {"device": device})
+    paths, asked, run = [written(tmp_path, "a", alone=True), written(tmp_path, "b")], [], command.run_pytest
+    monkeypatch.setattr(command, "run_pytest", lambda *given: (asked.append(given[0][:3]), run(*given))[1])
+    out = tmp_path / "out.json"
+    result = CliRunner().invoke(app, ["gpu-tests", *map(str, paths), "--workers", "1", "--out", str(out)])
+    assert result.exit_code == 1
+    assert asked == [["-m", ALONE, str(paths[0])], ["-m", command.TOGETHER, "-n"]]
+    figure = json.loads(out.read_text())
+    assert figure["made"] == {"device": "cuda"}
+    assert figure["counts"] == {"passed": 4, "failed": 4, "skipped": 2, "not run": 0}
+    assert len(figure["files"]) == 2
+
+
+def test_a_file_that_cannot_be_read_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("import no_such_module")
+    (tmp_path / "test_b.py").write_text("import pytest; pytest.importorskip('no_such_module')")
+    lines = tmp_path / "lines.jsonl"
+    assert run_pytest(["-m", "cuda", "-q", str(tmp_path)], lines, 60) == 2
+    found = tally(lines)
+    assert found["counts"] == {"passed": 0, "failed": 1, "skipped": 1, "not run": 0}
+    assert "No module named 'no_such_module'" in "".join(found["failed"].values())
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["gpu-tests"])
+    assert result.exit_code == 2
+    assert "finds no NVIDIA GPU" in result.output

@@ -56,8 +56,8 @@ def test_each_outcome_is_told_with_its_reason(processes: list[str], tmp_path: Pa
 
 def test_a_run_that_hangs_is_ended_and_has_told_what_it_saw(tmp_path: Path) -> None:
     lines, begun = tmp_path / "lines.jsonl", time.monotonic()
-    assert run_pytest(["-m", "cuda", "-q", str(written(tmp_path, "a", sleep=600))], lines, 8) is None
-    assert time.monotonic() - begun < 30
+    assert run_pytest(["-m", "cuda", "-q", str(written(tmp_path, "a", sleep=600))], lines, 15) is None
+    assert time.monotonic() - begun < 60
     found = tally(lines)
     assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 1, "not run": 1}
     assert [test.split("::")[1] for test in found["not run"]] == ["test_last"]

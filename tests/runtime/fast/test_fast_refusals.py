@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from helpers.fast import CONVERSATIONS, load_fast, tokens
 import expertflow_quant
 from expertflow_quant import ExpertFlowError
 from expertflow_quant.models.seams import expert_modules
+from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.runtime import experts, loading
+from expertflow_quant.runtime.fast import build
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast, share_expert_memory
 from expertflow_quant.runtime.fast.decode import DecodeGraphs
 from expertflow_quant.runtime.fast.probe import FastPathError, gate_of, probe, use_our_attention
@@ -84,6 +87,29 @@ def test_a_model_whose_fast_path_failed_late_is_a_plain_one_again(
     assert tokens(engine, CONVERSATIONS[:3]) == tokens(plain_of(family), CONVERSATIONS[:3])
     with pytest.raises(FastPathError, match="second thoughts"):
         expertflow_quant.load(folder_of(family), dtype=torch.float32, fast=True)
+
+
+def test_what_a_fast_path_that_failed_had_taken_is_given_back_first(folder_of, seemingly_gpu, monkeypatch):
+    """Or a device would have to hold the slots of both."""
+    made, left = [], []
+
+    class Noted(ResidentExperts):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(weakref.ref(self))
+
+    def broken(*args):
+        error = RuntimeError("no compiler")
+        error.own = error  # as errors of compilers do
+        raise error
+
+    with_cache = loading._with_cache
+    monkeypatch.setattr(build, "ResidentExperts", Noted)
+    monkeypatch.setattr(DecodeGraphs, "capture", broken)
+    monkeypatch.setattr(loading, "_with_cache", lambda *args: (left.append(made[0]()), with_cache(*args))[1])
+    engine = expertflow_quant.load(folder_of("qwen3_moe"), dtype=torch.float32)
+    assert engine.plain_because == "Qwen3MoeForCausalLM could not be compiled or captured: no compiler"
+    assert left == [None]
 
 
 def test_on_a_gpu_the_fast_path_is_what_is_taken(folder_of, plain_of, seemingly_gpu):

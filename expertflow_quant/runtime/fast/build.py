@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -208,9 +209,18 @@ def _refused_by_name(model: Any) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except _failures() as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FastPathError(f"{type(model).__name__} could not be compiled or captured: {reason}") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What compiling and capturing raise: Triton's own errors are no RuntimeError, nor is a C compiler that failed."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return RuntimeError, SubprocessError
+    return RuntimeError, SubprocessError, TritonError
 
 
 def _refuse_records(store: ExpertStore) -> None:

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+import subprocess
 import weakref
 
 import pytest
@@ -278,6 +279,21 @@ def test_what_cannot_be_captured_is_refused_by_name_but_want_of_memory_is_not(fo
     monkeypatch.setattr(DecodeGraphs, "capture", full)
     with pytest.raises(torch.OutOfMemoryError):
         load_fast(folder_of("qwen3_moe"))
+
+
+def test_kernels_that_do_not_compile_are_refused_by_name(folder_of, monkeypatch):
+    errors = pytest.importorskip("triton.runtime.errors")
+    for error, said in (
+        (errors.OutOfResources(149568, 101376, "shared memory"), "out of resource: shared memory, Required: 149568"),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), r"Command '\['gcc', 'main.c'\]' returned non-zero exit"),
+    ):
+
+        def broken(self, on_bucket=None, error=error):
+            raise error
+
+        monkeypatch.setattr(DecodeGraphs, "capture", broken)
+        with pytest.raises(FastPathError, match=f"could not be compiled or captured: {said}"):
+            load_fast(folder_of("qwen3_moe"))
 
 
 def test_batch_sizes_that_are_captured():

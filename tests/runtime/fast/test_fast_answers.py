@@ -9,8 +9,10 @@ from helpers.fast import CONVERSATIONS, asked, load_fast, one_by_one, picture, s
 
 import expertflow_quant
 from expertflow_quant.offload.budget import BudgetError
+from expertflow_quant.runtime.answers import Sampling
 from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.prompts import PromptError
+from expertflow_quant.runtime.stream import Cancellable
 from expertflow_quant.runtime.streamed import StreamOptions
 
 TEXT = "qwen3_moe"
@@ -195,6 +197,19 @@ def test_closing_a_stream_ends_the_generation(engine):
     assert stream.last.token_ids == wanted
     assert not [thread for thread in threading.enumerate() if thread.name == "expertflow-stream"]
     assert tokens(engine, [CONVERSATIONS[1]], 3)[0] == wanted  # nothing was left behind
+
+
+def test_a_row_that_nobody_reads_any_more_wants_no_experts(engine, monkeypatch):
+    batches = engine._encode(CONVERSATIONS[:3], Sampling(6))
+    wanted = engine.runner.run(batches, Sampling(6))
+    graphs, active = engine.runner.graphs, []
+    step = graphs.step
+    monkeypatch.setattr(graphs, "step", lambda bucket: (active.append(graphs.active.tolist()[:3]), step(bucket)))
+    cancellable = Cancellable()
+    cancellable.rows.add(1)
+    rows = engine.runner.run(batches, Sampling(6), None, cancellable)
+    assert rows == [wanted[0], wanted[1][:1], wanted[2]]
+    assert active == [[True] * 3] + [[True, False, True]] * 4
 
 
 def test_callers_take_turns(engine):

@@ -341,6 +341,25 @@ def test_steps_that_stream_are_counted(tmp_path):
     assert stats.bytes_moved == stats.misses * engine.model.expert_store.layers[0].nbytes[0] > 0
 
 
+def test_steps_that_stream_bring_what_the_rows_still_under_way_want(tmp_path):
+    folder = fast.checkpoint(tmp_path / "even", TEXT, lambda layer, expert: "int4-g16")
+    engine = load_fast(folder, "30%", rows=8, stream=StreamOptions(ahead_coverage=0.85))
+    assert engine.runner.graphs.streams(8)
+    batches, cancellable = engine._encode(CONVERSATIONS, Sampling(30)), Cancellable()
+    moved = []
+    for ended in (range(0), range(1, 8)):
+        cancellable.rows.update(ended)
+        engine.reset_stats()
+        first = engine.runner.run(batches, Sampling(30), None, cancellable)[0]
+        moved.append(engine.stats.misses)
+    assert first == engine.runner.run(batches, Sampling(30))[0]
+    missing = sum(len(layer.nbytes) for layer in engine.model.expert_store.layers) - sum(
+        slots for pools in engine.runner.resident.plan for _, slots in pools
+    )
+    assert moved[0] == 30 * missing
+    assert moved[1] <= 2 * missing + 28 * 2 * 2  # the prompts and one step of all rows, then two layers of top 2
+
+
 def test_rows_that_are_not_asked_for_want_no_experts(folder_of):
     engine = load_fast(folder_of(TEXT), "100%", rows=8)
     requests = []

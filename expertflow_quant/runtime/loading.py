@@ -1,5 +1,6 @@
 """From a folder to an engine: our checkpoints with a budget, and plain transformers models."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,9 +125,12 @@ def load(
                 raise FastPathError(f"{error}; {remedy}") from error
             if fast:
                 raise
-            log.warning("%s: the plain path is taken, which is slower", error)
-            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-            return _plain(_with_cache(model, folder, budget, cached), processor, context, rows, str(error))
+            reason = str(error)
+        # the error held what it came from, slots of the whole budget among it; a compiler's may be in a ring
+        gc.collect()
+        log.warning("%s: the plain path is taken, which is slower", reason)
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        return _plain(_with_cache(model, folder, budget, cached), processor, context, rows, reason)
 
 
 def pinned_store(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -109,15 +110,19 @@ class ExpertRoom:
     record_bytes: int
 
 
-def share_expert_memory(layers: Sequence[LayerRecords], budget_bytes: int) -> ExpertRoom:
-    """Slots and staging that together take at most ``budget_bytes``.
+def share_expert_memory(
+    layers: Sequence[LayerRecords], budget_bytes: int, planned_bytes: int | None = None
+) -> ExpertRoom:
+    """Slots and staging that together take at most ``budget_bytes``; ``planned_bytes``: what slots that were planned
+    take, where they were.
 
-    Where all experts fit nothing is staged, and the ring is an empty form; else a chunk of it is up to half of what a
-    layer misses. Raises BudgetError below two records of the largest size: room to stage.
+    Where all experts have slots nothing is staged, and the ring is an empty form; else a chunk of it is up to half of
+    what a layer misses. Raises BudgetError below two records of the largest size: room to stage.
     """
     total = sum(sum(layer.nbytes) for layer in layers)
     largest = max(max(layer.nbytes) for layer in layers)
-    if budget_bytes >= total:
+    planned = total if planned_bytes is None else planned_bytes
+    if min(budget_bytes, planned) >= total:
         return ExpertRoom(total, 1, 1, RECORD_ALIGNMENT)
     if budget_bytes < 2 * largest:
         raise BudgetError(
@@ -125,7 +130,8 @@ def share_expert_memory(layers: Sequence[LayerRecords], budget_bytes: int) -> Ex
             f"raise --expert-memory to {format_bytes_up(2 * largest)} or use a smaller format"
         )
     # what a layer misses in two halves, if that is little enough: fewer pieces are fewer launches for the host
-    missing = max(math.ceil(len(layer.nbytes) * (1 - budget_bytes / total)) for layer in layers)
+    held = budget_bytes if budget_bytes < total else planned
+    missing = max(math.ceil(len(layer.nbytes) * (1 - held / total)) for layer in layers)
     chunk = max(1, min(math.ceil(missing / CHUNKS) + 1, budget_bytes // STAGING_SHARE // largest // CHUNKS))
     return ExpertRoom(budget_bytes - CHUNKS * chunk * largest, CHUNKS * chunk, chunk, largest)
 
@@ -152,9 +158,8 @@ def build_fast(
     device = next(model.parameters()).device
     use_our_attention(model)
     findings = probe(model, device)
-    shared = share_expert_memory(store.layers, expert_budget)
+    (plan, shared), shares = _placed(store.layers, expert_budget, options.slots), None
     told("placing experts")
-    plan, shares = _slot_plan(store.layers, shared, options.slots), None
     if options.usage is not None:
         shares = Usage.load(options.usage, [len(layer.nbytes) for layer in store.layers]).shares
     resident = ResidentExperts(store, plan, device, policy=options.policy, shares=shares)
@@ -186,18 +191,23 @@ def build_fast(
     return runner
 
 
-def _slot_plan(layers: Sequence[LayerRecords], shared: ExpertRoom, slots: str | Path | None) -> tuple[Pools, ...]:
+def _placed(
+    layers: Sequence[LayerRecords], budget_bytes: int, slots: str | Path | None
+) -> tuple[tuple[Pools, ...], ExpertRoom]:
+    """The slots of every layer, those of the file ``slots`` if there is one, and how the budget is shared."""
     if slots is None:
+        shared = share_expert_memory(layers, budget_bytes)
         # a plan of no slots at all is legal: everything is then read from the host
-        return plan_layer_slots(layers, max(1, shared.slot_bytes))
+        return plan_layer_slots(layers, max(1, shared.slot_bytes)), shared
     plan = read_slots(slots, layers)
-    if (taken := pools_bytes(plan)) > shared.slot_bytes:
+    shared = share_expert_memory(layers, budget_bytes, taken := pools_bytes(plan))
+    if taken > shared.slot_bytes:
         staging = shared.ring_slots * shared.record_bytes
         raise BudgetError(
             f"the slots of {slots} take {format_bytes_up(taken)} and staging {format_bytes_up(staging)}, expert memory "
             f"has {format_bytes(shared.slot_bytes)} for slots: raise --expert-memory, or plan for less"
         )
-    return plan
+    return plan, shared
 
 
 @contextmanager
@@ -208,9 +218,18 @@ def _refused_by_name(model: Any) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except _failures() as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FastPathError(f"{type(model).__name__} could not be compiled or captured: {reason}") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What compiling and capturing raise: Triton's own errors are no RuntimeError, nor is a C compiler that failed."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return RuntimeError, SubprocessError
+    return RuntimeError, SubprocessError, TritonError
 
 
 def _refuse_records(store: ExpertStore) -> None:

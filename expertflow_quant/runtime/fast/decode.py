@@ -171,10 +171,11 @@ class StreamedDecodePass:
         routes: Routes | None = None,
     ) -> None:
         self._kv, self._streamed, self._gates = kv, streamed, gates
-        self._active, self._rows, self._routes = active[:rows], rows, routes
+        self._active, self._routes = active[:rows], routes
 
     def begin(self) -> None:
-        self._streamed.begin(self._rows)
+        # rows that have ended meet no experts; the pass waits for the device here in any case
+        self._streamed.begin(int(self._active.sum()))
 
     def end(self) -> None:
         """Nothing is left to wait for."""

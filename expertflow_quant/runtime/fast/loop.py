@@ -224,12 +224,16 @@ class _Answers:
                 self._answers[row].append(token)
                 if self._streamer is not None:
                     self._streamer.put_at(row, token)
-                self._open[row] = token not in self._end_ids and not (self._stop and self._stop.met(self._answers[row]))
+                self._open[row] = not self._ended(row, token)
         if self._cancellable is not None and self._cancellable.event.is_set():
             return True
         if before != self._open and any(self._open):
             self._set_active()
         return not any(self._open)
+
+    def _ended(self, row: int, token: int) -> bool:
+        dropped = self._cancellable is not None and row in self._cancellable.rows
+        return dropped or token in self._end_ids or bool(self._stop and self._stop.met(self._answers[row]))
 
     def _set_active(self) -> None:
         active = torch.zeros(self._graphs.active.shape, dtype=torch.bool, pin_memory=self._on_cuda)

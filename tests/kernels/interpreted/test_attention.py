@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertflow_quant.formats import ExpertFlowError
-from expertflow_quant.kernels.attention import decode_attention, decode_attention_reference
+from expertflow_quant.kernels.attention import decode_attention, decode_attention_reference, keys_at_a_time
 
 
 def on(device: str, tensor: Tensor) -> Tensor:
@@ -116,9 +116,15 @@ def bits(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("head", [16, 24, 64, 128])
+@pytest.mark.parametrize("head", [16, 24, 64, 128, 256])
 def test_head_sizes(head: int, dtype: torch.dtype, device: str) -> None:
     Case.random([5, 37], 40, head=head, dtype=dtype).check(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_tile_of_keys_takes_no_more_for_wide_heads(dtype: torch.dtype) -> None:
+    assert [keys_at_a_time(dtype, head) * head * dtype.itemsize <= 16384 for head in (16, 64, 128)] == [True] * 3
+    assert keys_at_a_time(dtype, 256) * 256 * dtype.itemsize == 16384
 
 
 @pytest.mark.parametrize("group", [1, 2, 7, 8])

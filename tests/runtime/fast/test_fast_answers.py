@@ -9,8 +9,10 @@ from helpers.fast import CONVERSATIONS, asked, load_fast, one_by_one, picture, s
 
 import expertflow_quant
 from expertflow_quant.offload.budget import BudgetError
+from expertflow_quant.runtime.answers import Sampling
 from expertflow_quant.runtime.fast import passes
 from expertflow_quant.runtime.prompts import PromptError
+from expertflow_quant.runtime.stream import Cancellable
 from expertflow_quant.runtime.streamed import StreamOptions
 
 TEXT = "qwen3_moe"
@@ -197,6 +199,19 @@ def test_closing_a_stream_ends_the_generation(engine):
     assert tokens(engine, [CONVERSATIONS[1]], 3)[0] == wanted  # nothing was left behind
 
 
+def test_a_row_that_nobody_reads_any_more_wants_no_experts(engine, monkeypatch):
+    batches = engine._encode(CONVERSATIONS[:3], Sampling(6))
+    wanted = engine.runner.run(batches, Sampling(6))
+    graphs, active = engine.runner.graphs, []
+    step = graphs.step
+    monkeypatch.setattr(graphs, "step", lambda bucket: (active.append(graphs.active.tolist()[:3]), step(bucket)))
+    cancellable = Cancellable()
+    cancellable.rows.add(1)
+    rows = engine.runner.run(batches, Sampling(6), None, cancellable)
+    assert rows == [wanted[0], wanted[1][:1], wanted[2]]
+    assert active == [[True] * 3] + [[True, False, True]] * 4
+
+
 def test_callers_take_turns(engine):
     wanted = tokens(engine, CONVERSATIONS[:2], 8)
     streams = [engine.stream(conversation, 8) for conversation in CONVERSATIONS[:2]]
@@ -324,6 +339,25 @@ def test_steps_that_stream_are_counted(tmp_path):
     stats = engine.stats
     assert sum(layer.requests for layer in stats.layers) == 0
     assert stats.bytes_moved == stats.misses * engine.model.expert_store.layers[0].nbytes[0] > 0
+
+
+def test_steps_that_stream_bring_what_the_rows_still_under_way_want(tmp_path):
+    folder = fast.checkpoint(tmp_path / "even", TEXT, lambda layer, expert: "int4-g16")
+    engine = load_fast(folder, "30%", rows=8, stream=StreamOptions(ahead_coverage=0.85))
+    assert engine.runner.graphs.streams(8)
+    batches, cancellable = engine._encode(CONVERSATIONS, Sampling(30)), Cancellable()
+    moved = []
+    for ended in (range(0), range(1, 8)):
+        cancellable.rows.update(ended)
+        engine.reset_stats()
+        first = engine.runner.run(batches, Sampling(30), None, cancellable)[0]
+        moved.append(engine.stats.misses)
+    assert first == engine.runner.run(batches, Sampling(30))[0]
+    missing = sum(len(layer.nbytes) for layer in engine.model.expert_store.layers) - sum(
+        slots for pools in engine.runner.resident.plan for _, slots in pools
+    )
+    assert moved[0] == 30 * missing
+    assert moved[1] <= 2 * missing + 28 * 2 * 2  # the prompts and one step of all rows, then two layers of top 2
 
 
 def test_rows_that_are_not_asked_for_want_no_experts(folder_of):

@@ -3,6 +3,8 @@
 import logging
 import re
 import shutil
+import subprocess
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from helpers.fast import CONVERSATIONS, load_fast, tokens
 import expertflow_quant
 from expertflow_quant import ExpertFlowError
 from expertflow_quant.models.seams import expert_modules
+from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.runtime import experts, loading
+from expertflow_quant.runtime.fast import build
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast, share_expert_memory
 from expertflow_quant.runtime.fast.decode import DecodeGraphs
 from expertflow_quant.runtime.fast.probe import FastPathError, gate_of, probe, use_our_attention
@@ -84,6 +88,29 @@ def test_a_model_whose_fast_path_failed_late_is_a_plain_one_again(
     assert tokens(engine, CONVERSATIONS[:3]) == tokens(plain_of(family), CONVERSATIONS[:3])
     with pytest.raises(FastPathError, match="second thoughts"):
         expertflow_quant.load(folder_of(family), dtype=torch.float32, fast=True)
+
+
+def test_what_a_fast_path_that_failed_had_taken_is_given_back_first(folder_of, seemingly_gpu, monkeypatch):
+    """Or a device would have to hold the slots of both."""
+    made, left = [], []
+
+    class Noted(ResidentExperts):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(weakref.ref(self))
+
+    def broken(*args):
+        error = RuntimeError("no compiler")
+        error.own = error  # as errors of compilers do
+        raise error
+
+    with_cache = loading._with_cache
+    monkeypatch.setattr(build, "ResidentExperts", Noted)
+    monkeypatch.setattr(DecodeGraphs, "capture", broken)
+    monkeypatch.setattr(loading, "_with_cache", lambda *args: (left.append(made[0]()), with_cache(*args))[1])
+    engine = expertflow_quant.load(folder_of("qwen3_moe"), dtype=torch.float32)
+    assert engine.plain_because == "Qwen3MoeForCausalLM could not be compiled or captured: no compiler"
+    assert left == [None]
 
 
 def test_on_a_gpu_the_fast_path_is_what_is_taken(folder_of, plain_of, seemingly_gpu):
@@ -252,6 +279,21 @@ def test_what_cannot_be_captured_is_refused_by_name_but_want_of_memory_is_not(fo
     monkeypatch.setattr(DecodeGraphs, "capture", full)
     with pytest.raises(torch.OutOfMemoryError):
         load_fast(folder_of("qwen3_moe"))
+
+
+def test_kernels_that_do_not_compile_are_refused_by_name(folder_of, monkeypatch):
+    errors = pytest.importorskip("triton.runtime.errors")
+    for error, said in (
+        (errors.OutOfResources(149568, 101376, "shared memory"), "out of resource: shared memory, Required: 149568"),
+        (subprocess.CalledProcessError(1, ["gcc", "main.c"]), r"Command '\['gcc', 'main.c'\]' returned non-zero exit"),
+    ):
+
+        def broken(self, on_bucket=None, error=error):
+            raise error
+
+        monkeypatch.setattr(DecodeGraphs, "capture", broken)
+        with pytest.raises(FastPathError, match=f"could not be compiled or captured: {said}"):
+            load_fast(folder_of("qwen3_moe"))
 
 
 def test_batch_sizes_that_are_captured():

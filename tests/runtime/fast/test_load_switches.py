@@ -94,6 +94,20 @@ def test_slots_of_a_plan_are_the_layers(folder, tmp_path):
         load(folder, slots=file)
 
 
+@pytest.mark.parametrize("memory", ["100%", "200KiB"])
+def test_what_a_plan_leaves_out_is_staged_where_all_would_fit(memory, folder, tmp_path):
+    store = expertflow_quant.load(folder).model.expert_store
+    file, nbytes = tmp_path / "plan.slots.json", store.layers[0].nbytes[0]
+    file.write_text(json.dumps({"layers": [{"pools": [{"nbytes": nbytes, "slots": count}]} for count in (1, 5)]}))
+    engine = load(folder, memory, slots=file)
+    assert engine.runner.ring.slot_bytes == nbytes
+    assert engine.device_expert_bytes <= max(store.nbytes, 200 * 1024)
+    assert tokens(engine, CONVERSATIONS[:2], 4) == tokens(load(folder), CONVERSATIONS[:2], 4)
+    assert engine.stats.misses > 0
+    file.write_text(json.dumps({"layers": [{"pools": [{"nbytes": nbytes, "slots": 8}]}] * 2}))
+    assert load(folder, memory, slots=file).device_expert_bytes <= store.nbytes + 256
+
+
 @pytest.mark.parametrize("policy", [None, "lru", "predictive"])
 def test_a_policy_is_the_controllers(folder, policy):
     engine = load(folder, "40%", policy=policy)

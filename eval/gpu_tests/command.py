@@ -26,7 +26,7 @@ PASSED, FAILED, SKIPPED, NOT_RUN = OUTCOMES = ("passed", "failed", "skipped", "n
 
 
 def gpu_tests(
-    paths: Annotated[list[Path] | None, typer.Argument(help="some of the tests  [default: all]")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(help="some of the tests; all where none is named")] = None,
     workers: Annotated[int, typer.Option(min=1, help="processes side by side: Triton compiles most of the time")] = 8,
     limit: Annotated[float, typer.Option(min=1, help="seconds after which what still runs is stopped")] = 3600,
     out: Annotated[Path | None, typer.Option(help="write what came of each test into this JSON file")] = None,

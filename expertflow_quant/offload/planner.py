@@ -14,6 +14,7 @@ slots are decided once more by the pools' own measured misses.
 This is an integer program; how it is kept small and what its gap means: planner_bound.py.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -69,10 +70,11 @@ class PlanGoal:
     link_bytes_per_second: float = 25e9
 
     def __post_init__(self) -> None:
-        if self.device_bytes <= 0 or self.link_bytes_per_second <= 0 or self.damage_per_second < 0:
+        worth = self.damage_per_second
+        if self.device_bytes <= 0 or self.link_bytes_per_second <= 0 or not 0 <= worth < math.inf:
             raise ExpertFlowError(
                 f"device bytes {self.device_bytes} and link bytes {self.link_bytes_per_second:g} a second must be "
-                f"above zero, and a second's worth {self.damage_per_second:g} not below"
+                f"above zero, and a second's worth {worth:g} not below and finite"
             )
 
     @property

@@ -94,7 +94,7 @@ class PathPredictor:
             basis = Basis(tensors.pop("center"), tensors.pop("basis")) if "basis" in tensors else None
             model.load_state_dict({name: value.float() for name, value in tensors.items()})
             return cls(model, basis, head["trained"])
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
             raise ExpertFlowError(
                 f"{folder} holds no predictor that can be read ({error}): `python -m calibration predictor` makes one"
             ) from error

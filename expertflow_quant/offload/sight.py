@@ -114,10 +114,11 @@ class Sight:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
             raise ExpertFlowError(f"cannot read {path} ({error}): record it again") from error
-        if (header.get("format"), header.get("version")) != (FORMAT, VERSION) or "token_ids" not in found:
+        experts, named = header.get("num_experts", ""), (header.get("format"), header.get("version"))
+        if named != (FORMAT, VERSION) or "token_ids" not in found or not experts.isdecimal():
             raise ExpertFlowError(f"{path} is no sight of version {VERSION}: `python -m calibration sight` writes one")
         basis = Basis(found["center"], found["basis"]) if {"center", "basis"} <= found.keys() else None
-        return cls(found["token_ids"], int(header["num_experts"]), found.get("ahead"), found.get("pictures"), basis)
+        return cls(found["token_ids"], int(experts), found.get("ahead"), found.get("pictures"), basis)
 
 
 def sight_path(trace: Path) -> Path:

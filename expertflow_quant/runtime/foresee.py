@@ -13,7 +13,7 @@ from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.foresight import Chances, Foresight, PassTokens
 from expertflow_quant.runtime.experts import NAME, attached
 from expertflow_quant.runtime.waited import waited_for
-from expertflow_quant.runtime.watcher import router_weight
+from expertflow_quant.runtime.watcher import router_of
 
 SURE, LEAST = 0.9, 0.6
 """Chances of the first and of the last expert that a next-gate guess names: about what was right of them
@@ -28,7 +28,7 @@ class NextGate:
     def __init__(self, model: nn.Module) -> None:
         names = {module: name for name, module in model.named_modules()}
         modules = attached(model)
-        self._routers = [router_weight(model, names[module]) for module in modules]
+        self._routers = [router_of(model, names[module]) for module in modules]
         self._top_k = [layer.top_k for layer in getattr(modules[0], NAME).cache.store.layers]
 
     def before(self, tokens: PassTokens) -> Chances:
@@ -38,7 +38,7 @@ class NextGate:
         if layer + 1 == len(self._routers):
             return None
         router, count = self._routers[layer + 1], self._top_k[layer + 1]
-        named = (hidden @ router.to(hidden.dtype).T).topk(count, dim=-1).indices
+        named = router(hidden).topk(count, dim=-1).indices
         chance = torch.linspace(SURE, LEAST, count, device=hidden.device).expand(named.shape)
         missed = torch.ones(len(hidden), len(router), device=hidden.device).scatter_(1, named, 1 - chance)
         found: list[float] = (1 - missed.prod(0)).tolist()

@@ -6,10 +6,12 @@ language model notes the input embeddings of image tokens, which are known befor
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.models.seams import expert_modules, find_router, num_experts
@@ -19,14 +21,30 @@ from expertflow_quant.runtime.engine import Engine
 from expertflow_quant.runtime.experts import attached
 
 
+@dataclass(frozen=True)
+class Router:
+    """How a layer scores its experts: ``weight`` float [E, H], and ``bias`` float [E] if it has one."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., E] of the router's input [..., H], in its dtype."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+
+
 class Watcher:
     """What was seen so far, on the CPU: ``ahead`` for each layer the calls' [T, D, W]; ``embeddings`` float16 [T, H] of
     the language model's passes."""
 
-    def __init__(self, routers: Sequence[Tensor], distances: int, width: int) -> None:
+    def __init__(self, routers: Sequence[Router], distances: int, width: int) -> None:
         self.routers, self.distances = routers, distances
-        self.experts = max(len(weight) for weight in routers)
-        self.width = min(width, *(len(weight) for weight in routers))
+        self.experts = max(map(len, routers))
+        self.width = min(width, *map(len, routers))
         self.ahead: list[list[Tensor]] = [[] for _ in routers]
         self.embeddings: list[Tensor] = []
 
@@ -36,7 +54,7 @@ class Watcher:
         found = torch.full((len(hidden), self.distances, self.width), self.experts, dtype=dtype)
         for distance in range(1, self.distances + 1):
             if layer + distance < len(self.routers):
-                logits = hidden.float() @ self.routers[layer + distance].float().T
+                logits = self.routers[layer + distance](hidden.float())
                 found[:, distance - 1] = logits.topk(self.width, dim=-1).indices.to("cpu", dtype)
         self.ahead[layer].append(found)
 
@@ -67,7 +85,7 @@ def watching(engine: Engine, distances: int = 2, width: int = 4) -> Iterator[Wat
     """
     modules = attached(engine.model) or [module for _, module in expert_modules(engine.model)]
     names = {module: name for name, module in engine.model.named_modules()}
-    watcher = Watcher([router_weight(engine.model, names[module]) for module in modules], distances, width)
+    watcher = Watcher([router_of(engine.model, names[module]) for module in modules], distances, width)
     hooks = [module.register_forward_pre_hook(_looking(watcher, layer)) for layer, module in enumerate(modules)]
     decoder = engine.model.get_decoder()
     hooks.append(decoder.register_forward_pre_hook(_embedding(watcher), with_kwargs=True))
@@ -94,8 +112,8 @@ def _embedding(watcher: Watcher) -> Any:
     return note
 
 
-def router_weight(model: nn.Module, name: str) -> Tensor:
-    """float [E, H] of the router beside the experts module ``name``."""
+def router_of(model: nn.Module, name: str) -> Router:
+    """The router beside the experts module ``name``."""
     router = find_router(model, name)
     weight = None if router is None else router._parameters.get("weight")
     if weight is None or weight.ndim != 2 or len(weight) != num_experts(model.get_submodule(name)):
@@ -103,4 +121,5 @@ def router_weight(model: nn.Module, name: str) -> Tensor:
             f"{name} has no router with a weight [experts, hidden], so later routers cannot be applied: do not look "
             "ahead with them"
         )
-    return weight.detach()
+    bias = None if router is None else router._parameters.get("bias")
+    return Router(weight.detach(), None if bias is None or bias.shape != weight.shape[:1] else bias.detach())

@@ -56,7 +56,11 @@ class Options:
             raise ExpertFlowError(
                 f"batch {self.batch} must be at least 1 request and patience {self.patience} at least 0 batches"
             )
-        known("schedule", self.schedule, SCHEDULES)
+        if known("schedule", self.schedule, SCHEDULES) in ("paths", "words") and self.batch == 1:
+            raise ExpertFlowError(
+                f"--schedule {self.schedule} chooses who is answered together, and --batch 1 answers one by one: give "
+                "--batch 2 or more, or leave --schedule out"
+            )
 
 
 def launch(checkpoint: Callable[[], Path], name: str, options: Options, console: Console) -> None:

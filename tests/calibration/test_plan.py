@@ -14,6 +14,7 @@ from calibration.plan import ExpertErrors, choose, choose_damage, choose_within,
 from calibration.plan_command import Budget
 from expertflow_quant.checkpoint.plan import Plan
 from expertflow_quant.formats import ExpertFlowError, ExpertShape, Format, RecordLayout
+from expertflow_quant.offload.synthetic_trace import RouteSizes, synthetic_trace
 from expertflow_quant.samples import make_items
 
 INT2, INT3, INT4, BF16 = (Format.parse(name) for name in ("int2-g32", "int3-g32", "int4-g32", "bf16"))
@@ -136,3 +137,31 @@ def test_the_command_writes_a_plan_its_plot_and_the_sensitivity(small_moe, tmp_p
     assert "one budget" in outcome.output
     outcome = CliRunner().invoke(app, [*command, "--formats", "int2-g64,int4-g32"], env={"COLUMNS": "300"})
     assert "does not hold int2-g64" in outcome.output
+
+
+@pytest.fixture(scope="module")
+def joint(small_moe, tmp_path_factory):
+    """``python -m calibration plan`` with traces, by a sensitivity that was measured before."""
+    root = tmp_path_factory.mktemp("joint")
+    measured = ["sensitivity", str(small_moe), "--out", str(root / "measured.json"), "--samples", "1", "--probes", "1"]
+    assert CliRunner().invoke(app, measured).exit_code == 0
+
+    def run(*options):
+        given = ["--sensitivity", str(root / "measured.json"), "-o", str(root / "plan.json"), "--time-limit", "30"]
+        return CliRunner().invoke(app, ["plan", str(small_moe), *given, *options], env={"COLUMNS": "300"})
+
+    return run
+
+
+def drawn(path, layers, experts, top_k):
+    synthetic_trace(RouteSizes(layers, experts, top_k), steps=8, rows=2, prompt=1).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("sizes", [(4, 16, 2), (6, 8, 2), (6, 32, 2), (6, 16, 4)])
+def test_a_trace_of_another_model_is_refused(joint, tmp_path, sizes):
+    own, other = drawn(tmp_path / "own.safetensors", 6, 16, 2), drawn(tmp_path / "other.safetensors", *sizes)
+    for options in (["--trace", other], ["--trace", own, "--held-out", other]):
+        outcome = joint(*options)
+        assert outcome.exit_code == 1
+        assert f"other.safetensors was recorded with {sizes[0]} layers of {sizes[1]} experts" in outcome.output

@@ -40,6 +40,7 @@ def test_options_are_checked_before_anything_is_loaded():
         ({"batch": 0}, "batch 0 must be at least 1"),
         ({"patience": -1}, "patience -1"),
         ({"schedule": "best"}, "'best' is not known: use one of auto, paths, words, arrival"),
+        ({"schedule": "paths"}, "--schedule paths chooses who is answered together.* give --batch 2 or more"),
     ):
         with pytest.raises(ExpertFlowError, match=message):
             launch.Options(**given)

@@ -217,6 +217,9 @@ def test_what_cannot_be_planned_is_refused():
         decide(costs, [step[:2] for step in steps], PlanGoal(1000))
     with pytest.raises(ExpertFlowError, match="must be above zero"):
         PlanGoal(0)
+    for worth in (-1.0, math.inf, math.nan):
+        with pytest.raises(ExpertFlowError, match=f"worth {worth:g} not below and finite"):
+            PlanGoal(1000, damage_per_second=worth)
     with pytest.raises(ExpertFlowError, match="same layers"):
         ExpertCosts((INT2,), costs.damage, costs.nbytes)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.offload.path_model import PathModel, PathModelSizes
@@ -14,7 +15,7 @@ from expertflow_quant.offload.predict_frequency import Frequency, TokenTable
 from expertflow_quant.offload.predict_paths import PathPredictor, places_in_images
 from expertflow_quant.offload.predict_previous import PreviousToken
 from expertflow_quant.offload.predictor import History, best, passes_of, widths
-from expertflow_quant.offload.sight import Basis, Sight, coded
+from expertflow_quant.offload.sight import FORMAT, VERSION, Basis, Sight, coded
 from expertflow_quant.offload.trace import GENERATED, PROMPT_IMAGE, PROMPT_TEXT, RoutingTrace
 
 LAYERS, EXPERTS, TOP_K, FEATURES, HIDDEN = 3, 8, 2, 4, 6
@@ -173,7 +174,7 @@ def test_predictor_comes_back_from_its_folder(tmp_path):
     assert again.name == predictor.name
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "version", "sizes"])
+@pytest.mark.parametrize("damage", ["absent", "cut", "version", "sizes", "heads"])
 def test_a_folder_that_is_no_predictor_is_refused(tmp_path, damage):
     paths_predictor(None).save(tmp_path)
     sizes = tmp_path / "predictor.json"
@@ -184,7 +185,8 @@ def test_a_folder_that_is_no_predictor_is_refused(tmp_path, damage):
         weights = tmp_path / "predictor.safetensors"
         weights.write_bytes(weights.read_bytes()[:-50])
     else:
-        head["version" if damage == "version" else "sizes"] = 9 if damage == "version" else {"tokens": 3}
+        changed = {"version": 9, "sizes": {"tokens": 3}, "heads": head["sizes"] | {"heads": 7}}
+        head["version" if damage == "version" else "sizes"] = changed[damage]
         sizes.write_text(json.dumps(head))
     with pytest.raises(ExpertFlowError, match="python -m calibration predictor"):
         PathPredictor.load(tmp_path)
@@ -206,6 +208,12 @@ def test_sight_comes_back_and_knows_its_trace(tmp_path):
     trace.save(tmp_path / "trace.safetensors")
     with pytest.raises(ExpertFlowError, match="no sight"):
         Sight.load(tmp_path / "trace.safetensors")
+    for damaged in ({}, {"num_experts": "many"}):
+        save_file(
+            {"token_ids": sight.token_ids}, tmp_path / "damaged", {"format": FORMAT, "version": VERSION} | damaged
+        )
+        with pytest.raises(ExpertFlowError, match="no sight"):
+            Sight.load(tmp_path / "damaged")
 
 
 def test_what_does_not_fit_is_refused():

@@ -174,6 +174,9 @@ def test_what_is_not_known_is_refused_by_name(folder, usage, tmp_path):
         expertflow_quant.load(checkpoint, "40%", predictor=str(tmp_path), ahead=1.0)
     with pytest.raises(ExpertFlowError, match="2 layers of 8"):
         Usage.load(usage, [4, 4])
+    expertflow_quant.offload.trace.RoutingTrace.load(usage).of_items([]).save(tmp_path / "empty.safetensors")
+    with pytest.raises(ExpertFlowError, match="has 0 steps, too few to learn use from"):
+        Usage.load(tmp_path / "empty.safetensors", [8, 8])
     assert has_predictor(checkpoint)
     assert CacheOptions().policy == "predictive"
 

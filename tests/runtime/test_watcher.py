@@ -56,6 +56,21 @@ def test_later_routers_see_what_the_present_router_sees(engine):
     assert (ahead[:, 1] == trace.num_experts).all()
 
 
+def test_a_routers_bias_counts(tmp_path):
+    model = tiny.bf16_experts(tiny.tiny_model("gpt_oss"))
+    for name, _ in expert_modules(model):
+        torch.nn.init.normal_(find_router(model, name).bias, std=2.0)
+    model.save_pretrained(tmp_path)
+    tiny.save_processor("gpt_oss", tmp_path)
+    inputs, engine = [], Engine.from_plain(tmp_path)
+    first, second = (find_router(engine.model, name) for name, _ in expert_modules(engine.model))
+    first.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
+    with recording(engine, ["text"]) as recorder, watching(engine, 1, 2) as watcher:
+        engine.generate([asked("What is a router?")], 4)
+    ahead = watcher.sight(recorder.trace()).ahead[:, 0, 0].long()
+    assert torch.equal(ahead, torch.cat([second(seen)[-1] for seen in inputs]))
+
+
 def test_pictures_are_the_image_tokens_input_embeddings(engine):
     trace, watcher = watched(engine)
     width = engine.model.get_input_embeddings().weight.shape[1]

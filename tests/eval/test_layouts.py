@@ -243,6 +243,32 @@ def test_damaged_rows_are_counted_named_and_score_zero(layout, tmp_path):
         _ = task.items[5].image
 
 
+def spoil(path, column, group):
+    """Overwrite the beginning of a column in one row group, as a bad disk or an interrupted copy does."""
+    from pyarrow import parquet
+
+    row_group = parquet.ParquetFile(path).metadata.row_group(group)
+    chunks = (row_group.column(i) for i in range(row_group.num_columns))
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema.startswith(column))
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = bytes(byte ^ 0x5A for byte in data[start : start + 40])
+    path.write_bytes(data)
+    return path
+
+
+def test_a_parquet_file_damaged_inside_costs_its_images_or_is_refused_by_name(tmp_path):
+    images = spoil(public.write_parquet(public.lmms_lab_chartqa(CHARTS), tmp_path / "test-0.parquet"), "image", 1)
+    task = file_task("chartqa", images)
+    assert list(task.damaged) == ["chartqa-3", "chartqa-4", "chartqa-5"]
+    assert task.damaged["chartqa-3"] == "its image cannot be read, test-0.parquet is damaged there: download it again"
+    with pytest.raises(DamagedRowError):
+        _ = task.items[3].image
+    texts = spoil(public.write_parquet(public.lmms_lab_chartqa(CHARTS), tmp_path / "test-1.parquet"), "question", 1)
+    with pytest.raises(DataError, match=r"cannot read .*test-1\.parquet \(.*download it again"):
+        file_task("chartqa", texts)
+
+
 def test_images_may_be_named_instead_of_held(tmp_path):
     """A table may hold paths: in the image's struct, as a text, or in a TSV of which the images were moved out."""
     import pyarrow as pa

@@ -83,7 +83,7 @@ def run(
         results["noise_floor"] = [floor.to_json() for floor in floors]
         console.print(noise_table(floors, tasks))
     write_json(out / "results.json", results)
-    console.print(f"results.json and every answer: {out}", highlight=False)
+    console.print(f"results.json and every answer: {out}", markup=False, highlight=False)
 
 
 def kinds_table(judgement: Judgement, tasks: Sequence[Task]) -> Table:
@@ -108,7 +108,7 @@ def say_failures(judgement: Judgement, console: Console) -> None:
     """How many items failed (and so scored 0), and which, with their errors."""
     named = [f"  {r.id}: {r.error}" for r in judgement.results if r.error is not None]
     if named:
-        console.print(f"{judgement.system.label}: {len(named)} items failed and score 0:", style="red")
+        console.print(f"{judgement.system.label}: {len(named)} items failed and score 0:", style="red", markup=False)
         _say(named, console)
 
 

@@ -86,8 +86,8 @@ def compare(
     console.print(systems_table(judgements, tasks))
     console.print(comparisons_table(comparisons, tasks))
     for pair in report.pairs:
-        console.print(f"{pair.system} against {pair.baseline} ({pair.role}), every task: {pair.verdict}")
-    console.print(f"compare.json, .md, .html, .png and every answer: {out}", highlight=False)
+        console.print(f"{pair.system} against {pair.baseline} ({pair.role}), every task: {pair.verdict}", markup=False)
+    console.print(f"compare.json, .md, .html, .png and every answer: {out}", markup=False, highlight=False)
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -84,6 +84,15 @@ def test_one_command_judges_all_and_writes_everything(models):
     assert json.loads((out / "compare.json").read_text())["pairs"] == written["pairs"]  # nothing was asked again
 
 
+def test_brackets_in_a_label_are_brackets(models):
+    """rich takes "[red]" for a colour, drops it, and ends at a "[/x]" that closes nothing."""
+    systems = [f"int4 [/x]={models / 'out'}", "--self", f"bf16 [red]={models / 'plain'}"]
+    done = run(*systems, "--items", "16", "--out", models / "results")
+    assert done.exit_code == 0, done.output
+    assert "int4 [/x] - bf16 [red]" in done.output
+    assert "int4 [/x] against bf16 [red]" in done.output
+
+
 def test_what_cannot_be_compared_is_said_without_a_traceback(models):
     alone = run(str(models / "out"), "--out", models / "r")
     twice = run(str(models / "out"), "--self", str(models / "out"), "--out", models / "r")

@@ -118,6 +118,16 @@ def test_items_as_observed_decide_either_way():
     assert result.items_as_observed(0.02) == result.items_as_observed(0.0)
 
 
+def test_without_a_difference_seen_an_exact_test_says_how_many_items_decide():
+    """The error is 0 there, and 0 items would decide nothing."""
+    same = paired_difference([1.0] * 40, [1.0] * 40, names(40))
+    assert same.verdict(0.02) == INCONCLUSIVE
+    assert same.items_as_observed(0.02) == same.items_to_decide(0.02) == 149
+    all_lost = paired_difference([0.0] * 3, [1.0] * 3, names(3))
+    assert (all_lost.verdict(0.02), all_lost.items_as_observed(0.02)) == (INCONCLUSIVE, 6)
+    assert paired_difference([0.0] * 6, [1.0] * 6, names(6)).verdict(0.02) == INFERIOR
+
+
 def test_a_score_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="score what cannot be scored 0"):
         paired_difference([float("nan"), 1], [1, 1], ["a", "b"])

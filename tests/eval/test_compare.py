@@ -93,6 +93,21 @@ def test_brackets_in_a_label_are_brackets(models):
     assert "int4 [/x] against bf16 [red]" in done.output
 
 
+def test_a_baseline_that_answered_nothing_makes_no_system_superior(models, monkeypatch):
+    class Broken:
+        expert_bytes = device_expert_bytes = 0
+
+        def generate(self, conversations, max_new_tokens=32):
+            raise RuntimeError("it reads no pictures")
+
+    broken = lambda system, device: Broken() if system.label == "dense" else FakeEngine(4)  # noqa: E731
+    monkeypatch.setattr(eval.judge, "open_engine", broken)
+    done = run(models / "out", "--dense", models / "dense", "--items", "16", "--out", models / "results")
+    assert done.exit_code == 1
+    assert "dense failed on all 32 items (the first: RuntimeError: it reads no pictures)" in done.output
+    assert "delete dense.jsonl" in done.output
+
+
 def test_what_cannot_be_compared_is_said_without_a_traceback(models):
     alone = run(str(models / "out"), "--out", models / "r")
     twice = run(str(models / "out"), "--self", str(models / "out"), "--out", models / "r")

@@ -112,7 +112,7 @@ def test_what_cannot_be_compared_is_said_without_a_traceback(models):
     alone = run(str(models / "out"), "--out", models / "r")
     twice = run(str(models / "out"), "--self", str(models / "out"), "--out", models / "r")
     missing = run(str(models / "out"), "--self", str(models / "plain"), "--out", models / "r", "--task", "chartqa")
-    for outcome, words in ((alone, "give --self"), (twice, "LABEL=PATH"), (missing, "chartqa")):
+    for outcome, words in ((alone, "give --self"), (twice, "LABEL=PATH"), (missing, "--task chartqa=FOLDER")):
         assert outcome.exit_code == 1
         assert words in outcome.output
         assert "Traceback" not in outcome.output

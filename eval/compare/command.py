@@ -17,6 +17,7 @@ from eval.judge import Judgement, judge
 from eval.plots import judgement_figure, save
 from eval.provenance import provenance
 from eval.report import comparisons_table, make_console, systems_table, write_json
+from eval.run import say_damaged
 from eval.runner import progress_bar
 from eval.stats import CONFIDENCE, RESAMPLES
 from eval.tasks import Task
@@ -56,6 +57,7 @@ def compare(
     try:
         sides = contest(systems, own, dense or [], expert_memory, noise_floor)
         tasks = tasks_named(task or [], items, seed, max_pixels, grain)
+        say_damaged(tasks, console)
         judgements = judge_all(sides, tasks, console, folder=out, batch_size=batch_size, device=device)
         by_label = {judgement.system.label: judgement for judgement in judgements}
         comparisons = [

@@ -157,11 +157,13 @@ def test_public_files_make_a_page_with_lines_by_split_and_a_damaged_row(models, 
         expert_bytes = device_expert_bytes = 0
 
         def generate(self, conversations, max_new_tokens=32):
-            return [SimpleNamespace(text="Yes", prompt_tokens=9, image_tokens=4, completion_tokens=2)] * len(
-                conversations
-            )
+            answer = SimpleNamespace(text="Yes", prompt_tokens=9, image_tokens=4, completion_tokens=2)
+            return [self.error or answer, *[answer] * (len(conversations) - 1)]
 
-    monkeypatch.setattr(eval.judge, "open_engine", lambda system, device: Right())
+    Right.error = None
+    Timeout = type("Timeout", (Right,), {"error": TimeoutError("too slow")})
+    named = {"out": Right, "plain": Timeout}
+    monkeypatch.setattr(eval.judge, "open_engine", lambda system, device: named[system.label]())
     out = models / "results"
     done = run(models / "out", "--self", models / "plain", "--task", f"chartqa={file}", "--out", out)
     assert done.exit_code == 0, done.output
@@ -171,6 +173,10 @@ def test_public_files_make_a_page_with_lines_by_split_and_a_damaged_row(models, 
     assert {g["name"]: g["items"] for g in found["groups"] if g["dimension"] == "split"} == {"human": 4, "augmented": 4}
     assert written["systems"][0]["failures"] == 1
     assert "1 damaged rows score 0" in (out / "compare.html").read_text()
+    for name in ("compare.html", "compare.md"):
+        text = (out / name).read_text()
+        assert "Counted as 0: 1 damaged rows of ChartQA, 1 items that failed of plain." in text
+    assert "chartqa-3: its image of 10 bytes cannot be decoded" in done.output
 
 
 def test_parameters_are_those_of_the_weights(small_moe):

@@ -95,8 +95,9 @@ def compare(
 def write_report(report: Report, folder: Path) -> None:
     """compare.json, compare.md, compare.html and compare.png."""
     write_json(folder / "compare.json", report.to_json())
-    (folder / "compare.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "compare.html").write_text(page(report), encoding="utf-8")
+    for name, text in (("compare.md", markdown(report)), ("compare.html", page(report))):
+        # half a surrogate pair in an answer, which JSON can hold and UTF-8 cannot
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     save(judgement_figure(report.judgements, report.tasks), folder / "compare.png")
 
 

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.public_files import chart_questions, lmms_lab_chartqa, write_parquet
+from helpers.reports import make_report
 from PIL import Image
 from typer.testing import CliRunner
 
 import eval.judge
 from eval.__main__ import app
-from eval.compare.changed import cards, changed_questions, image_url
+from eval.compare.changed import Answer, Card, cards, changed_questions, image_url
+from eval.compare.command import write_report
 from eval.compare.report import AGAIN, DENSE, JUDGED, OWN
 from eval.compare.sizes import Matching, Size, match, parameters, size_of
 from eval.compare.systems import contest, tasks_named
@@ -106,6 +108,14 @@ def test_a_baseline_that_answered_nothing_makes_no_system_superior(models, monke
     assert done.exit_code == 1
     assert "dense failed on all 32 items (the first: RuntimeError: it reads no pictures)" in done.output
     assert "delete dense.jsonl" in done.output
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_written(tmp_path):
+    report = make_report(items=4)
+    changed = replace(report.changed[0], answers=(Answer("int4 AWQ", "cut \ud83d here", 0.0, None),))
+    report = replace(report, cards=[Card(None, (changed,))])
+    write_report(report, tmp_path)
+    assert r"cut \ud83d here" in (tmp_path / "compare.html").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_compared_is_said_without_a_traceback(models):

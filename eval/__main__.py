@@ -19,7 +19,7 @@ from eval.compare.command import compare as compare_command
 from eval.comparison import Comparison, compare
 from eval.curves.command import curves
 from eval.harness.command import lmms
-from eval.judge import Judgement, System, judge
+from eval.judge import Judgement, System, judge, require_models
 from eval.peers.command import peers
 from eval.plans.command import plans
 from eval.plots import judgement_figure, save
@@ -103,6 +103,7 @@ def main(
     ]
     systems += [System("dense", "dense", dense)] if dense else []
     try:
+        require_models(systems)
         judgements = _judge_all(systems, console, tasks=tasks, folder=folder, batch_size=batch_size, device=device)
         comparisons = compare(judgements[0], judgements[1], MARGIN_OWN, seed)
         if dense:

@@ -13,7 +13,7 @@ from eval.compare.sizes import sizes_of
 from eval.compare.systems import Contest, contest, tasks_named
 from eval.comparison import compare as compare_pair
 from eval.html.page import page
-from eval.judge import Judgement, judge
+from eval.judge import Judgement, judge, require_models
 from eval.plots import judgement_figure, save
 from eval.provenance import provenance
 from eval.report import comparisons_table, make_console, systems_table, write_json
@@ -56,6 +56,7 @@ def compare(
     console = make_console()
     try:
         sides = contest(systems, own, dense or [], expert_memory, noise_floor)
+        require_models(sides.systems)
         tasks = tasks_named(task or [], items, seed, max_pixels, grain)
         say_damaged(tasks, console)
         judgements = judge_all(sides, tasks, console, folder=out, batch_size=batch_size, device=device)

@@ -126,6 +126,10 @@ def test_what_cannot_be_compared_is_said_without_a_traceback(models):
         assert outcome.exit_code == 1
         assert words in outcome.output
         assert "Traceback" not in outcome.output
+    typo = run(str(models / "out"), "--dense", str(models / "typo"), "--out", models / "r", "--items", "4")
+    assert typo.exit_code == 1
+    assert "typo holds no config.json" in typo.output
+    assert not (models / "r").exists()  # said before the first system was asked
 
 
 def test_names_of_systems(tmp_path):
@@ -155,6 +159,10 @@ def test_tasks_by_name():
     assert [len(task.items) for task in tasks_named(["document"], 4, 0)] == [4]
     with pytest.raises(ExpertFlowError, match="poem"):
         tasks_named(["poem"], 4, 0)
+    with pytest.raises(ExpertFlowError, match=r"chart is generated and reads no some/where: .*chartqa=some/where"):
+        tasks_named(["chart=some/where"], 4, 0)
+    with pytest.raises(ExpertFlowError, match="chartqa is given one and two"):
+        tasks_named(["chartqa=one", "chartqa=two"], 4, 0)
 
 
 def test_public_files_make_a_page_with_lines_by_split_and_a_damaged_row(models, monkeypatch):

@@ -62,7 +62,7 @@ def run(
         say_damaged(tasks, console)
         systems = [(system_named(model, expert_memory), batch_size)]
         if harness:
-            require_comparable(systems[0][0], tasks, max_pixels)
+            require_comparable(systems[0][0], tasks, given, max_pixels)
         if noise_batch_size is not None:
             systems.append((_again(systems[0][0], noise_batch_size), noise_batch_size))
         with progress_bar(console) as bar:

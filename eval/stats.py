@@ -93,8 +93,10 @@ class PairedDifference:
 
     def _items_for(self, distance: float) -> int:
         by_error = self.standard_error**2 * self.items * ((_Z_CONFIDENCE + _Z_POWER) / distance) ** 2
-        by_guard = self.clump * math.log(1 - CONFIDENCE) / math.log1p(-min(distance, _WIDE))
-        return math.ceil(max(by_error, by_guard))
+        # of n items the guard takes a bound clump / n nearer, which about 2 clump / distance items more make good
+        by_error += 2 * self.clump / distance
+        unseen = self.clump * math.log(1 - CONFIDENCE) / math.log1p(-min(distance, _WIDE))
+        return math.ceil(max(by_error, unseen))
 
 
 def paired_difference(

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from eval.data.errors import DataError
 from eval.data.images import HeldImage, image_key
 
+EDITION = re.compile(r"_v[0-9.]+(_withQT)?$")
 ENCODING = "utf-8-sig"
 """UTF-8, with or without the mark that Windows programs put before it."""
 REFERENCE_LENGTH = 64
@@ -23,12 +24,13 @@ REFERENCE_LENGTH = 64
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
     """The files whose whole name matches, ordered by ``human`` before ``augmented``, then by name; of one folder only,
-    the highest up."""
+    the highest up, and of two editions of a file ("val_v1.0.json", "val_v1.0_withQT.json") the later one."""
     found = [path for path in folder.rglob("*") if re.fullmatch(pattern, path.name, re.IGNORECASE) and path.is_file()]
     if not found:
         return []
     first = min(found, key=lambda path: (len(path.parts), str(path))).parent
-    return sorted((p for p in found if p.parent == first), key=lambda path: ("human" not in path.name, path.name))
+    editions = {EDITION.sub("", p.stem): p for p in sorted(found) if p.parent == first}
+    return sorted(editions.values(), key=lambda path: ("human" not in path.name, path.name))
 
 
 def json_rows(path: Path) -> list[dict[str, Any]]:

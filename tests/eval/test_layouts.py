@@ -271,6 +271,16 @@ def test_a_parquet_file_damaged_inside_costs_its_images_or_is_refused_by_name(tm
         file_task("chartqa", texts)
 
 
+@pytest.mark.parametrize("task", ["docvqa", "infovqa"])
+def test_two_editions_of_one_file_are_not_asked_twice(task, tmp_path):
+    """The RRC gives the same questions with and without their types."""
+    folder = public.write_rrc_json(DOCUMENTS, tmp_path, info=task == "infovqa")
+    (path,) = folder.glob("*_withQT.json")
+    (folder / path.name.replace("_withQT", "")).write_text(path.read_text().replace("_type", "_other"))
+    items = file_task(task, folder).items
+    assert [(item.id, item.kind) for item in items] == [(f"{task}-{q.number}", q.types[0]) for q in DOCUMENTS]
+
+
 def test_a_row_of_json_that_is_no_object_is_damaged(tmp_path):
     folder = public.write_chartqa_json(CHARTS, tmp_path)
     path = folder / "test" / "test_human.json"

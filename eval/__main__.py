@@ -20,7 +20,7 @@ from eval.comparison import Comparison, compare
 from eval.curves.command import curves
 from eval.gpu_tests.command import gpu_tests
 from eval.harness.command import lmms
-from eval.judge import Judgement, System, judge
+from eval.judge import Judgement, System, judge, require_models
 from eval.peers.command import peers
 from eval.plans.command import plans
 from eval.plots import judgement_figure, save
@@ -105,6 +105,7 @@ def main(
     ]
     systems += [System("dense", "dense", dense)] if dense else []
     try:
+        require_models(systems)
         judgements = _judge_all(systems, console, tasks=tasks, folder=folder, batch_size=batch_size, device=device)
         comparisons = compare(judgements[0], judgements[1], MARGIN_OWN, seed)
         if dense:

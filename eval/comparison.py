@@ -95,15 +95,26 @@ class Comparison:
 
 
 def compare(system: Judgement, baseline: Judgement, margin: float, seed: int = 0) -> list[Comparison]:
-    """Paired differences per task. Raises ValueError unless both answered the same items in the same
-    order."""
+    """Paired differences per task. Raises ValueError unless both answered the same items in the same order, and where
+    one answered none: what failed as a whole says nothing about a model, though a baseline of 0 would make any system
+    superior."""
     ours, theirs = ([(r.task, r.id, r.image_key) for r in side.results] for side in (system, baseline))
     if ours != theirs:
         raise ValueError(
             f"{system.system.label} answered {len(ours)} items and {baseline.system.label} {len(theirs)}, "
             "not the same ones in the same order: judge both with the same tasks, number of items and seed"
         )
+    for side in (system, baseline):
+        _require_answers(side)
     return [_compare_task(system, baseline, task, margin, seed) for task in dict.fromkeys(name for name, _, _ in ours)]
+
+
+def _require_answers(side: Judgement) -> None:
+    if side.results and side.failures == len(side.results):
+        raise ValueError(
+            f"{side.system.label} failed on all {len(side.results)} items (the first: {side.results[0].error}), so "
+            f"there is nothing to compare: mend that, delete {side.system.name}.jsonl and run the command again"
+        )
 
 
 def overall_verdict(comparisons: Sequence[Comparison]) -> str:

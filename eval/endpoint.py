@@ -81,6 +81,10 @@ class EndpointEngine:
             listed = self._client.models.list().data
         except OpenAIError as error:
             raise ExpertFlowError(f"{url} lists no models ({error}): start the server or name the model") from error
+        except AttributeError as error:  # what openai makes of a page in place of a reply
+            raise ExpertFlowError(
+                f"{url} gives a page and no list of models: give the address of the interface, http://HOST:PORT/v1"
+            ) from error
         if not listed:
             raise ExpertFlowError(f"{url} lists no models: name the model")
         return str(listed[0].id)
@@ -88,24 +92,36 @@ class EndpointEngine:
     def generate(
         self, conversations: list[list[dict[str, Any]]], max_new_tokens: int = 32
     ) -> Sequence[EndpointAnswer | Exception]:
-        """One answer or error a conversation, in order. Raises EngineLostError when no request got through."""
-        from openai import APIConnectionError, APITimeoutError
-
+        """One answer or error a conversation, in order. Raises EngineLostError when no request got through, or when
+        all were refused for what every one of them shares: the address, the model's name or the key."""
         with ThreadPoolExecutor(min(self._parallel, len(conversations)) or 1) as threads:
             answers = list(threads.map(lambda messages: self._answer(messages, max_new_tokens), conversations))
-        lost = [isinstance(a, APIConnectionError) and not isinstance(a, APITimeoutError) for a in answers]
+        self._require_served(answers)
+        return answers
+
+    def _require_served(self, answers: Sequence[EndpointAnswer | Exception]) -> None:
+        import openai
+
+        lost = [isinstance(a, openai.APIConnectionError) and not isinstance(a, openai.APITimeoutError) for a in answers]
         if lost and all(lost):
             raise EngineLostError(
                 f"{self._url} does not answer any more ({answers[-1]}): start it and run the same command again, "
                 "which goes on from the last whole batch"
             )
-        return answers
+        refusals = (openai.AuthenticationError, openai.NotFoundError, openai.PermissionDeniedError)
+        if answers and all(isinstance(answer, refusals) for answer in answers):
+            raise EngineLostError(
+                f"{self._url} refuses model {self.model!r} ({answers[-1]}): give its address as http://HOST:PORT/v1, "
+                f"the model's name behind it as #MODEL, the key in {KEY_VARIABLE}, and run the command again"
+            )
 
     def _answer(self, messages: list[dict[str, Any]], max_new_tokens: int) -> EndpointAnswer | Exception:
         try:
             request: dict[str, Any] = {"messages": [as_request(message) for message in messages]}
             request |= {"model": self.model, "max_tokens": max_new_tokens, "temperature": 0}
             done = self._client.chat.completions.create(**request)
+            if not getattr(done, "choices", None):  # a proxy's page comes back as a text
+                raise ExpertFlowError("the server's reply is no chat completion")
             usage = done.usage
             counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
             return EndpointAnswer(done.choices[0].message.content or "", *counts)

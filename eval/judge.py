@@ -120,6 +120,12 @@ class Judgement:
         }
 
 
+def require_models(systems: Sequence[System]) -> None:
+    """Raises ValueError for a path that holds no model, before hours are spent on the systems before it."""
+    for system in systems:
+        _ = system.fingerprint
+
+
 def open_engine(system: System, device: str) -> Answerer:
     """Load a system with the library, or connect to its endpoint."""
     import expertflow_quant

@@ -24,7 +24,7 @@ def systems_table(judgements: Sequence[Judgement], tasks: Sequence[Task], title:
     table = cells_table(title, columns, rows)
     if any(judgement.failures for judgement in judgements):
         failed = ", ".join(f"{j.system.label}: {j.failures}" for j in judgements if j.failures)
-        table.caption = f"[red]items that failed and count as 0: {failed}[/red]"
+        table.caption = Text(f"items that failed and count as 0: {failed}", style="red")
     return table
 
 
@@ -32,7 +32,7 @@ def comparisons_table(comparisons: Sequence[Comparison], tasks: Sequence[Task]) 
     """One row a comparison, in points: difference, 90 % interval, verdict at the margin."""
     titles = {task.name: task.title for task in tasks}
     columns = ["compared", "task", "difference", "90 % interval", "better / worse", "margin", "verdict"]
-    rows = []
+    rows: list[list[str | Text]] = []
     for comparison in comparisons:
         d = comparison.difference
         rows.append(
@@ -43,7 +43,7 @@ def comparisons_table(comparisons: Sequence[Comparison], tasks: Sequence[Task]) 
                 f"{fine_points(d.lower)} .. {fine_points(d.upper)}",
                 f"{d.better} / {d.worse}",
                 f"{100 * comparison.margin:g}",
-                f"[{COLORS[comparison.verdict]}]{comparison.verdict}",
+                Text(comparison.verdict, style=COLORS[comparison.verdict]),
             ]
         )
     return cells_table("differences in points, paired by item, clustered by image", columns, rows)
@@ -90,16 +90,17 @@ def table_cells(
     return columns, rows
 
 
-def cells_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Text cells as a narrow table: headers wrap at blanks, cells never do; numbers to the right."""
+def cells_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
+    """Text cells as a narrow table: headers wrap at blanks, cells never do; numbers to the right. Labels and kinds come
+    from users and data sets, so brackets in a cell are brackets; what has a style is a ``Text``."""
     table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        cells = [Text.from_markup(row[i]).plain for row in rows]
+        cells = [str(row[i]) for row in rows]
         width = max(map(len, (*cells, *column.split())))
         is_number = any(cell[-1:].isdigit() or cell.endswith(")") for cell in cells) and i > 0
         table.add_column(column, justify="right" if is_number else "left", width=width)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 

@@ -62,7 +62,7 @@ def run(
         say_damaged(tasks, console)
         systems = [(system_named(model, expert_memory), batch_size)]
         if harness:
-            require_comparable(systems[0][0], tasks, max_pixels)
+            require_comparable(systems[0][0], tasks, given, max_pixels)
         if noise_batch_size is not None:
             systems.append((_again(systems[0][0], noise_batch_size), noise_batch_size))
         with progress_bar(console) as bar:
@@ -83,7 +83,7 @@ def run(
         results["noise_floor"] = [floor.to_json() for floor in floors]
         console.print(noise_table(floors, tasks))
     write_json(out / "results.json", results)
-    console.print(f"results.json and every answer: {out}", highlight=False)
+    console.print(f"results.json and every answer: {out}", markup=False, highlight=False)
 
 
 def kinds_table(judgement: Judgement, tasks: Sequence[Task]) -> Table:
@@ -108,7 +108,7 @@ def say_failures(judgement: Judgement, console: Console) -> None:
     """How many items failed (and so scored 0), and which, with their errors."""
     named = [f"  {r.id}: {r.error}" for r in judgement.results if r.error is not None]
     if named:
-        console.print(f"{judgement.system.label}: {len(named)} items failed and score 0:", style="red")
+        console.print(f"{judgement.system.label}: {len(named)} items failed and score 0:", style="red", markup=False)
         _say(named, console)
 
 

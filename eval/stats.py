@@ -37,6 +37,8 @@ PASSED = (SUPERIOR, NON_INFERIOR)
 _Z_CONFIDENCE, _Z_POWER = 1.645, 0.842
 _CORRELATION = 0.3
 _FEW, _ENOUGH = 10.0, 20.0
+_WIDE = 0.4
+"""A distance from the margin beyond which no fewer items decide: six, all lost, are the fewest that do."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +83,20 @@ class PairedDifference:
 
         Never fewer than an exact test needs when it sees no loss at all.
         """
-        by_guard = self.clump * math.log(1 - CONFIDENCE) / math.log(1 - margin)
-        return math.ceil(max(self._items_for(margin), by_guard))
+        return self._items_for(margin)
 
     def items_as_observed(self, margin: float) -> int | None:
         """About how many items would decide, one way or the other, with 80 % power, were the true difference
-        the one observed; None where that is the margin itself."""
+        the one observed; None where that is the margin itself. Never fewer than an exact test needs either."""
         distance = abs(self.mean + margin)
-        return math.ceil(self._items_for(distance)) if distance > 1e-9 else None
+        return self._items_for(distance) if distance > 1e-9 else None
 
-    def _items_for(self, distance: float) -> float:
-        return self.standard_error**2 * self.items * ((_Z_CONFIDENCE + _Z_POWER) / distance) ** 2
+    def _items_for(self, distance: float) -> int:
+        by_error = self.standard_error**2 * self.items * ((_Z_CONFIDENCE + _Z_POWER) / distance) ** 2
+        # of n items the guard takes a bound clump / n nearer, which about 2 clump / distance items more make good
+        by_error += 2 * self.clump / distance
+        unseen = self.clump * math.log(1 - CONFIDENCE) / math.log1p(-min(distance, _WIDE))
+        return math.ceil(max(by_error, unseen))
 
 
 def paired_difference(

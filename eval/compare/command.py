@@ -13,10 +13,11 @@ from eval.compare.sizes import sizes_of
 from eval.compare.systems import Contest, contest, tasks_named
 from eval.comparison import compare as compare_pair
 from eval.html.page import page
-from eval.judge import Judgement, judge
+from eval.judge import Judgement, judge, require_models
 from eval.plots import judgement_figure, save
 from eval.provenance import provenance
 from eval.report import comparisons_table, make_console, systems_table, write_json
+from eval.run import say_damaged
 from eval.runner import progress_bar
 from eval.stats import CONFIDENCE, RESAMPLES
 from eval.tasks import Task
@@ -55,7 +56,9 @@ def compare(
     console = make_console()
     try:
         sides = contest(systems, own, dense or [], expert_memory, noise_floor)
+        require_models(sides.systems)
         tasks = tasks_named(task or [], items, seed, max_pixels, grain)
+        say_damaged(tasks, console)
         judgements = judge_all(sides, tasks, console, folder=out, batch_size=batch_size, device=device)
         by_label = {judgement.system.label: judgement for judgement in judgements}
         comparisons = [
@@ -86,15 +89,16 @@ def compare(
     console.print(systems_table(judgements, tasks))
     console.print(comparisons_table(comparisons, tasks))
     for pair in report.pairs:
-        console.print(f"{pair.system} against {pair.baseline} ({pair.role}), every task: {pair.verdict}")
-    console.print(f"compare.json, .md, .html, .png and every answer: {out}", highlight=False)
+        console.print(f"{pair.system} against {pair.baseline} ({pair.role}), every task: {pair.verdict}", markup=False)
+    console.print(f"compare.json, .md, .html, .png and every answer: {out}", markup=False, highlight=False)
 
 
 def write_report(report: Report, folder: Path) -> None:
     """compare.json, compare.md, compare.html and compare.png."""
     write_json(folder / "compare.json", report.to_json())
-    (folder / "compare.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "compare.html").write_text(page(report), encoding="utf-8")
+    for name, text in (("compare.md", markdown(report)), ("compare.html", page(report))):
+        # half a surrogate pair in an answer, which JSON can hold and UTF-8 cannot
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     save(judgement_figure(report.judgements, report.tasks), folder / "compare.png")
 
 

@@ -117,7 +117,16 @@ def asked(report: Report) -> str:
     counts = [
         f"{d['items']:,} questions about {d['images']:,} {t.title}" for d, t in zip(told, report.tasks, strict=True)
     ]
-    return f"{' and '.join(counts)}; the same items, prompts and batches for every system, greedy."
+    return f"{' and '.join(counts)}; the same items, prompts and batches for every system, greedy.{zeros(report)}"
+
+
+def zeros(report: Report) -> str:
+    """What scores 0 because it could not be asked (of every system) or was not answered (by one); "" where all was."""
+    damaged = [f"{len(task.damaged)} damaged rows of {task.title}" for task in report.tasks if task.damaged]
+    rows = sum(len(task.damaged) for task in report.tasks)
+    failed = [(judgement.failures - rows, judgement.system.label) for judgement in report.judgements]
+    told = [*damaged, *(f"{count} items that failed of {label}" for count, label in failed if count)]
+    return f" Counted as 0: {', '.join(told)}." if told else ""
 
 
 def verdict_cells(report: Report) -> tuple[list[str], list[list[str]]]:

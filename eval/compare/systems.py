@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from eval.compare.report import AGAIN, DENSE, JUDGED, OWN
 from eval.data.load import make_tasks
+from eval.data.sets import DATA_SETS
 from eval.judge import System
 from eval.stats import MARGIN_DENSE, MARGIN_OWN
 from eval.systems import system_named
@@ -68,6 +69,13 @@ def tasks_named(
     names: Sequence[str], items: int, seed: int, max_pixels: int | None = None, grain: float = 0.0
 ) -> list[Task]:
     """Tasks by NAME, or NAME=PATH for those that come from files, with at most ``items`` questions each."""
-    paths = {name: path for name, given, path in (text.partition("=") for text in names) if given}
+    named = [(name, path) for name, given, path in (text.partition("=") for text in names) if given]
+    paths = dict(named)
+    for name, path in named:
+        if name in GENERATED:
+            files = ", ".join(f"{other}={path}" for other in DATA_SETS)
+            raise ExpertFlowError(f"task {name} is generated and reads no {path}: leave it out, or give one of {files}")
+        if paths[name] != path:
+            raise ExpertFlowError(f"task {name} is given {path} and {paths[name]}: compare on one at a time")
     chosen = [text.partition("=")[0] for text in names] or list(GENERATED)
     return make_tasks(chosen, paths, limit=items or None, seed=seed, max_pixels=max_pixels, grain=grain)

@@ -51,8 +51,8 @@ def declared_configs(folder: Path) -> dict[str, Splits]:
     try:
         declared = yaml.safe_load(header[1]).get("configs") or []
         configs = {str(c.get("config_name", DEFAULT)): _declared_splits(folder, c["data_files"]) for c in declared}
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
-        return {}  # a README that says nothing of files: their names do
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
+        return {}  # a README that says nothing of files, or of files elsewhere ("/data/*"): their names do
     return {name: splits for name, splits in configs.items() if splits}
 
 

@@ -8,37 +8,43 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from eval.data.errors import DataError
 from eval.data.images import HeldImage, image_key
 
+EDITION = re.compile(r"_v[0-9.]+(_withQT)?$")
+ENCODING = "utf-8-sig"
+"""UTF-8, with or without the mark that Windows programs put before it."""
 REFERENCE_LENGTH = 64
 """A TSV cell this short is no image but the index of the row that holds it."""
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
     """The files whose whole name matches, ordered by ``human`` before ``augmented``, then by name; of one folder only,
-    the highest up."""
+    the highest up, and of two editions of a file ("val_v1.0.json", "val_v1.0_withQT.json") the later one."""
     found = [path for path in folder.rglob("*") if re.fullmatch(pattern, path.name, re.IGNORECASE) and path.is_file()]
     if not found:
         return []
     first = min(found, key=lambda path: (len(path.parts), str(path))).parent
-    return sorted((p for p in found if p.parent == first), key=lambda path: ("human" not in path.name, path.name))
+    editions = {EDITION.sub("", p.stem): p for p in sorted(found) if p.parent == first}
+    return sorted(editions.values(), key=lambda path: ("human" not in path.name, path.name))
 
 
 def json_rows(path: Path) -> list[dict[str, Any]]:
-    """ChartQA's list of questions, or RRC's ``{"data": [...]}``; the file's name tells ChartQA's split."""
+    """ChartQA's list of questions, or RRC's ``{"data": [...]}``; the file's name tells ChartQA's split. A row that is
+    no object stays as an empty one, which is found damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding=ENCODING))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} ({error}): download it again") from error
     rows = value.get("data") if isinstance(value, dict) else value
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows) or not rows:
+    if not isinstance(rows, list) or not any(isinstance(row, dict) for row in rows):
         raise DataError(f'{path} holds no questions: it must be a list of objects or {{"data": [...]}}')
     split = value.get("dataset_split") if isinstance(value, dict) else path.stem
-    return [{"split": split} | row for row in rows]
+    return [{"split": split} | (row if isinstance(row, dict) else {}) for row in rows]
 
 
 def tsv_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -49,7 +55,7 @@ def tsv_rows(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     by_index: dict[str, HeldImage] = {}
     by_key: dict[str, HeldImage] = {}
-    with path.open(encoding="utf-8", newline="") as file:
+    with _table(path) as file:
         reader = csv.DictReader(file, delimiter="\t", restkey="more")
         for cells in reader:
             row: dict[str, Any] = {name: _cell(text) for name, text in cells.items() if isinstance(text, str)}
@@ -62,8 +68,17 @@ def tsv_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def tsv_columns(path: Path) -> list[str]:
     """The names in the first line."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with _table(path) as file:
         return next(csv.reader(file, delimiter="\t"), [])
+
+
+@contextmanager
+def _table(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding=ENCODING, newline="") as file:
+            yield file
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {path} ({error}): it must be a table in UTF-8, so download it again") from error
 
 
 def _image(text: str, by_index: dict[str, HeldImage]) -> HeldImage:

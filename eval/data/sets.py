@@ -35,7 +35,8 @@ class DataSet:
     @property
     def remedy(self) -> str:
         """Which files to get and where to put them."""
-        return f"get one of {'; '.join(self.sources)}; put it into a folder and give that folder as {self.option}"
+        given = f"{self.option} FOLDER (to compare: --task {self.name}=FOLDER)"
+        return f"get one of {'; '.join(self.sources)}; put it into a folder and give that folder as {given}"
 
 
 VALIDATION = ("validation", "val", "dev")

@@ -2,13 +2,13 @@
 (parquet) or none at all (memory-mapped arrow) is in memory at a time."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eval.data.columns import LABELS, Columns
-from eval.data.errors import DataError
+from eval.data.errors import DamagedRowError, DataError
 from eval.data.images import CellImage, ImageFolder
 
 Row = dict[str, Any]
@@ -21,7 +21,7 @@ class ParquetTable:
     def __init__(self, path: Path) -> None:
         _, parquet = _pyarrow(path)
         self.path = path
-        self._file = _opened(path, lambda: parquet.ParquetFile(path))
+        self._file = _read(path, partial(parquet.ParquetFile, path))
         self.columns = Columns.detect(self._file.schema_arrow.names, str(path))
         self.labels = class_labels(self._file.schema_arrow)
         self._images: tuple[int, Any] = (-1, None)
@@ -29,14 +29,21 @@ class ParquetTable:
     def rows(self, folder: ImageFolder) -> Iterator[Row]:
         """All rows in order; a row's image is read when it is asked for."""
         for group in range(self._file.num_row_groups):
-            light = self._file.read_row_group(group, columns=self.columns.light)
-            for i, row in enumerate(light.to_pylist()):
+            light = _read(self.path, partial(self._light, group))
+            for i, row in enumerate(light):
                 yield row | {self.columns.image: CellImage(partial(self._image, group, i), folder)}
+
+    def _light(self, group: int) -> list[Row]:
+        return self._file.read_row_group(group, columns=self.columns.light).to_pylist()
 
     def _image(self, group: int, row: int) -> object:
         if self._images[0] != group:
-            table = self._file.read_row_group(group, columns=[self.columns.image])
-            self._images = (group, table.column(0))
+            reading = partial(self._file.read_row_group, group, columns=[self.columns.image])
+            try:
+                self._images = (group, _read(self.path, reading).column(0))
+            except DataError as error:  # the rows stand, so they are asked nothing and score 0
+                told = f"its image cannot be read, {self.path.name} is damaged there: download it again"
+                raise DamagedRowError(told) from error
         return self._images[1][row].as_py()
 
 
@@ -45,7 +52,7 @@ class ArrowTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._table = _opened(path, lambda: _mapped(path))
+        self._table = _read(path, partial(_mapped, path))
         self.columns = Columns.detect(self._table.schema.names, str(path))
         self.labels = class_labels(self._table.schema)
 
@@ -53,7 +60,7 @@ class ArrowTable:
         """All rows in order; a row's image is read when it is asked for."""
         images, light, row = self._table[self.columns.image], self._table.select(self.columns.light), 0
         for batch in light.to_batches(max_chunksize=256):
-            for values in batch.to_pylist():
+            for values in _read(self.path, batch.to_pylist):
                 yield values | {self.columns.image: CellImage(partial(_cell, images, row), folder)}
                 row += 1
 
@@ -105,12 +112,12 @@ def _cell(column: Any, row: int) -> object:
     return column[row].as_py()
 
 
-def _opened(path: Path, opening: Any) -> Any:
+def _read(path: Path, reading: Callable[[], Any]) -> Any:
     arrow, _ = _pyarrow(path)
     try:
-        return opening()
-    except (OSError, arrow.ArrowException) as error:
-        raise DataError(f"cannot read {path} ({error}): download it again") from error
+        return reading()
+    except (OSError, UnicodeDecodeError, arrow.ArrowException) as error:
+        raise DataError(f"cannot read {path} ({' '.join(str(error).split())}): download it again") from error
 
 
 def _pyarrow(path: Path) -> tuple[Any, Any]:

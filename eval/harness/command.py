@@ -46,7 +46,7 @@ def lmms(
     try:
         with _files({"chartqa": chartqa_path, "docvqa": docvqa_path}, generated, altered) as paths:
             read = make_tasks(list(paths), paths, limit=limit)
-            require_comparable(system, read)
+            require_comparable(system, read, paths)
             asked = _asked_by_us(system, read, how) if ask_again else None
             version, tasks = compare_with_harness(system, paths, read, limit=limit, asked=asked, **how)
     except (ExpertFlowError, ValueError) as error:

@@ -51,8 +51,13 @@ class HarnessTask:
         }
 
 
-def require_comparable(system: System, tasks: Sequence[Task], max_pixels: int | None = None) -> None:
-    """Raises HarnessError, before anything is asked, where lmms-eval is missing or cannot ask the same as we do."""
+def require_comparable(
+    system: System, tasks: Sequence[Task], paths: Mapping[str, Path], max_pixels: int | None = None
+) -> None:
+    """Raises HarnessError, before anything is asked, where lmms-eval is missing or cannot ask the same as we do.
+
+    ``paths``: by task, the files that ``tasks`` were read from.
+    """
     require_harness()
     if system.endpoint is not None:
         raise HarnessError(f"{system.label} is a server, and lmms-eval is given models in folders: leave --harness out")
@@ -62,6 +67,8 @@ def require_comparable(system: System, tasks: Sequence[Task], max_pixels: int | 
         names = " or ".join(data_set.option for data_set in (task.data_set for task in STOCK_TASKS.values()))
         raise HarnessError(f"none of the tasks is one of lmms-eval's stock tasks here: give files with {names}")
     for task in tasks:
+        if task.name in STOCK_TASKS:
+            STOCK_TASKS[task.name].override(paths[task.name])
         if task.name in STOCK_TASKS and task.damaged:
             first, damage = next(iter(task.damaged.items()))
             raise HarnessError(
@@ -85,7 +92,7 @@ def compare_with_harness(
     ``paths``: by task, the files that ``tasks`` were read from, with the same ``limit`` of items. ``asked``: what our
     own evaluator was answered. Raises HarnessError, DataError.
     """
-    require_comparable(system, tasks)
+    require_comparable(system, tasks, paths)
     stocks = {STOCK_TASKS[task.name]: task for task in tasks if task.name in STOCK_TASKS}
     data = {stock: paths[task.name] for stock, task in stocks.items()}
     found = run_harness(harness_model(system, batch_size, device), data, limit)

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.public_files import chart_questions, lmms_lab_chartqa, write_parquet
+from helpers.reports import make_report
 from PIL import Image
 from typer.testing import CliRunner
 
 import eval.judge
 from eval.__main__ import app
-from eval.compare.changed import cards, changed_questions, image_url
+from eval.compare.changed import Answer, Card, cards, changed_questions, image_url
+from eval.compare.command import write_report
 from eval.compare.report import AGAIN, DENSE, JUDGED, OWN
 from eval.compare.sizes import Matching, Size, match, parameters, size_of
 from eval.compare.systems import contest, tasks_named
@@ -84,14 +86,50 @@ def test_one_command_judges_all_and_writes_everything(models):
     assert json.loads((out / "compare.json").read_text())["pairs"] == written["pairs"]  # nothing was asked again
 
 
+def test_brackets_in_a_label_are_brackets(models):
+    """rich takes "[red]" for a colour, drops it, and ends at a "[/x]" that closes nothing."""
+    systems = [f"int4 [/x]={models / 'out'}", "--self", f"bf16 [red]={models / 'plain'}"]
+    done = run(*systems, "--items", "16", "--out", models / "results")
+    assert done.exit_code == 0, done.output
+    assert "int4 [/x] - bf16 [red]" in done.output
+    assert "int4 [/x] against bf16 [red]" in done.output
+
+
+def test_a_baseline_that_answered_nothing_makes_no_system_superior(models, monkeypatch):
+    class Broken:
+        expert_bytes = device_expert_bytes = 0
+
+        def generate(self, conversations, max_new_tokens=32):
+            raise RuntimeError("it reads no pictures")
+
+    broken = lambda system, device: Broken() if system.label == "dense" else FakeEngine(4)  # noqa: E731
+    monkeypatch.setattr(eval.judge, "open_engine", broken)
+    done = run(models / "out", "--dense", models / "dense", "--items", "16", "--out", models / "results")
+    assert done.exit_code == 1
+    assert "dense failed on all 32 items (the first: RuntimeError: it reads no pictures)" in done.output
+    assert "delete dense.jsonl" in done.output
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_written(tmp_path):
+    report = make_report(items=4)
+    changed = replace(report.changed[0], answers=(Answer("int4 AWQ", "cut \ud83d here", 0.0, None),))
+    report = replace(report, cards=[Card(None, (changed,))])
+    write_report(report, tmp_path)
+    assert r"cut \ud83d here" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
 def test_what_cannot_be_compared_is_said_without_a_traceback(models):
     alone = run(str(models / "out"), "--out", models / "r")
     twice = run(str(models / "out"), "--self", str(models / "out"), "--out", models / "r")
     missing = run(str(models / "out"), "--self", str(models / "plain"), "--out", models / "r", "--task", "chartqa")
-    for outcome, words in ((alone, "give --self"), (twice, "LABEL=PATH"), (missing, "chartqa")):
+    for outcome, words in ((alone, "give --self"), (twice, "LABEL=PATH"), (missing, "--task chartqa=FOLDER")):
         assert outcome.exit_code == 1
         assert words in outcome.output
         assert "Traceback" not in outcome.output
+    typo = run(str(models / "out"), "--dense", str(models / "typo"), "--out", models / "r", "--items", "4")
+    assert typo.exit_code == 1
+    assert "typo holds no config.json" in typo.output
+    assert not (models / "r").exists()  # said before the first system was asked
 
 
 def test_names_of_systems(tmp_path):
@@ -121,6 +159,10 @@ def test_tasks_by_name():
     assert [len(task.items) for task in tasks_named(["document"], 4, 0)] == [4]
     with pytest.raises(ExpertFlowError, match="poem"):
         tasks_named(["poem"], 4, 0)
+    with pytest.raises(ExpertFlowError, match=r"chart is generated and reads no some/where: .*chartqa=some/where"):
+        tasks_named(["chart=some/where"], 4, 0)
+    with pytest.raises(ExpertFlowError, match="chartqa is given one and two"):
+        tasks_named(["chartqa=one", "chartqa=two"], 4, 0)
 
 
 def test_public_files_make_a_page_with_lines_by_split_and_a_damaged_row(models, monkeypatch):
@@ -133,11 +175,13 @@ def test_public_files_make_a_page_with_lines_by_split_and_a_damaged_row(models, 
         expert_bytes = device_expert_bytes = 0
 
         def generate(self, conversations, max_new_tokens=32):
-            return [SimpleNamespace(text="Yes", prompt_tokens=9, image_tokens=4, completion_tokens=2)] * len(
-                conversations
-            )
+            answer = SimpleNamespace(text="Yes", prompt_tokens=9, image_tokens=4, completion_tokens=2)
+            return [self.error or answer, *[answer] * (len(conversations) - 1)]
 
-    monkeypatch.setattr(eval.judge, "open_engine", lambda system, device: Right())
+    Right.error = None
+    Timeout = type("Timeout", (Right,), {"error": TimeoutError("too slow")})
+    named = {"out": Right, "plain": Timeout}
+    monkeypatch.setattr(eval.judge, "open_engine", lambda system, device: named[system.label]())
     out = models / "results"
     done = run(models / "out", "--self", models / "plain", "--task", f"chartqa={file}", "--out", out)
     assert done.exit_code == 0, done.output
@@ -147,6 +191,10 @@ def test_public_files_make_a_page_with_lines_by_split_and_a_damaged_row(models, 
     assert {g["name"]: g["items"] for g in found["groups"] if g["dimension"] == "split"} == {"human": 4, "augmented": 4}
     assert written["systems"][0]["failures"] == 1
     assert "1 damaged rows score 0" in (out / "compare.html").read_text()
+    for name in ("compare.html", "compare.md"):
+        text = (out / name).read_text()
+        assert "Counted as 0: 1 damaged rows of ChartQA, 1 items that failed of plain." in text
+    assert "chartqa-3: its image of 10 bytes cannot be decoded" in done.output
 
 
 def test_parameters_are_those_of_the_weights(small_moe):

@@ -126,6 +126,30 @@ def test_a_server_that_is_gone_ends_the_run_and_the_run_goes_on_later(server, tm
     assert len((tmp_path / "served.jsonl").read_text().splitlines()) == 1  # no item is scored 0 for it
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_of_the_key_or_the_model_ends_the_run_and_scores_nothing(status, server, tmp_path):
+    server.statuses = {item.prompt: [status] * 9 for item in TASK.items}
+    with pytest.raises(EngineLostError, match=rf"refuses model 'typo' .*status {status}.*#MODEL.*OPENAI_API_KEY"):
+        judge(system(server.url, model="typo"), [TASK], tmp_path, batch_size=2)
+    assert len((tmp_path / "served.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_page_in_place_of_a_reply_is_named(server, monkeypatch):
+    monkeypatch.setattr(Handler, "_send", lambda handler, status, body: send_page(handler))
+    with pytest.raises(ExpertFlowError, match=r"gives a page and no list of models: .*/v1"):
+        EndpointEngine(Endpoint(server.url))
+    (answer,) = EndpointEngine(Endpoint(server.url, "m")).generate([TASK.items[0].messages])
+    assert str(answer) == "the server's reply is no chat completion"
+
+
+def send_page(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/html")
+    handler.send_header("Content-Length", "6")
+    handler.end_headers()
+    handler.wfile.write(b"<html>")
+
+
 def test_what_cannot_be_asked_is_refused(server):
     server.models = []
     with pytest.raises(ExpertFlowError, match="name the model"):

@@ -200,6 +200,12 @@ def test_the_run_command_asks_the_harness_too(paths, tmp_path, small_moe, monkey
     outcome = asked(*given, "--max-pixels", 100, "--harness", "lmms-eval", command=run)
     assert outcome.exit_code == 1
     assert "leave out --max-pixels or --harness" in outcome.output
+    table = public.write_tsv(CHARTS, tmp_path / "ChartQA_TEST.tsv")
+    given = [small_moe, "--out", tmp_path / "tsv", "--chartqa-path", table]
+    outcome = asked(*given, "--harness", "lmms-eval", command=run)
+    assert outcome.exit_code == 1
+    assert "lmms-eval's task chartqa reads nothing else" in outcome.output.replace("\n", " ")
+    assert not (tmp_path / "tsv").exists()  # said before our own evaluator asked anything
 
 
 def test_wishes_that_cannot_be_met_name_their_remedy(paths, tmp_path, monkeypatch):
@@ -216,12 +222,12 @@ def test_wishes_that_cannot_be_met_name_their_remedy(paths, tmp_path, monkeypatc
     monkeypatch.setattr(compare, "require_harness", lambda: None)
     system = System("model", "model", tmp_path)
     with pytest.raises(HarnessError, match=r"1 of 2 rows of ChartQA are damaged \(first chartqa-0"):
-        compare.require_comparable(system, [file_task("chartqa", broken)])
+        compare.require_comparable(system, [file_task("chartqa", broken)], {"chartqa": broken})
     with pytest.raises(HarnessError, match=r"give files with --chartqa-path or --docvqa-path"):
-        compare.require_comparable(system, [generated_task("chart", 2)])
+        compare.require_comparable(system, [generated_task("chart", 2)], {})
     server = System("served", "served", tmp_path, endpoint=Endpoint("http://127.0.0.1:1/v1"))
     with pytest.raises(HarnessError, match="served is a server"):
-        compare.require_comparable(server, [file_task("chartqa", paths["chartqa"])])
+        compare.require_comparable(server, [file_task("chartqa", paths["chartqa"])], paths)
     with pytest.raises(DataError, match="nothing at"):
         file_task("chartqa", tmp_path / "nowhere")
 

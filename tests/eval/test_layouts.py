@@ -1,7 +1,9 @@
 """Data sets in every public layout and schema: one and the same items come out of all of them."""
 
+import codecs
 import dataclasses
 import io
+import json
 import os
 import re
 
@@ -243,6 +245,66 @@ def test_damaged_rows_are_counted_named_and_score_zero(layout, tmp_path):
         _ = task.items[5].image
 
 
+def spoil(path, column, group):
+    """Overwrite the beginning of a column in one row group, as a bad disk or an interrupted copy does."""
+    from pyarrow import parquet
+
+    row_group = parquet.ParquetFile(path).metadata.row_group(group)
+    chunks = (row_group.column(i) for i in range(row_group.num_columns))
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema.startswith(column))
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = bytes(byte ^ 0x5A for byte in data[start : start + 40])
+    path.write_bytes(data)
+    return path
+
+
+def test_a_parquet_file_damaged_inside_costs_its_images_or_is_refused_by_name(tmp_path):
+    images = spoil(public.write_parquet(public.lmms_lab_chartqa(CHARTS), tmp_path / "test-0.parquet"), "image", 1)
+    task = file_task("chartqa", images)
+    assert list(task.damaged) == ["chartqa-3", "chartqa-4", "chartqa-5"]
+    assert task.damaged["chartqa-3"] == "its image cannot be read, test-0.parquet is damaged there: download it again"
+    with pytest.raises(DamagedRowError):
+        _ = task.items[3].image
+    texts = spoil(public.write_parquet(public.lmms_lab_chartqa(CHARTS), tmp_path / "test-1.parquet"), "question", 1)
+    with pytest.raises(DataError, match=r"cannot read .*test-1\.parquet \(.*download it again"):
+        file_task("chartqa", texts)
+
+
+@pytest.mark.parametrize("task", ["docvqa", "infovqa"])
+def test_two_editions_of_one_file_are_not_asked_twice(task, tmp_path):
+    """The RRC gives the same questions with and without their types."""
+    folder = public.write_rrc_json(DOCUMENTS, tmp_path, info=task == "infovqa")
+    (path,) = folder.glob("*_withQT.json")
+    (folder / path.name.replace("_withQT", "")).write_text(path.read_text().replace("_type", "_other"))
+    items = file_task(task, folder).items
+    assert [(item.id, item.kind) for item in items] == [(f"{task}-{q.number}", q.types[0]) for q in DOCUMENTS]
+
+
+def test_a_row_of_json_that_is_no_object_is_damaged(tmp_path):
+    folder = public.write_chartqa_json(CHARTS, tmp_path)
+    path = folder / "test" / "test_human.json"
+    path.write_text(json.dumps([None, *json.loads(path.read_text()), "cut"]))
+    task = file_task("chartqa", folder)
+    assert len(task.items) == len(CHARTS) + 2
+    assert task.damaged == dict.fromkeys(["chartqa-0", "chartqa-5"], "it has no question")
+
+
+def test_a_byte_order_mark_belongs_to_no_name(tmp_path):
+    public.write_chartqa_json(CHARTS[:4], tmp_path)
+    json_file, table = tmp_path / "test" / "test_human.json", public.write_tsv(CHARTS, tmp_path / "ChartQA_TEST.tsv")
+    for path, count in ((json_file, 4), (table, 8)):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+        assert len(file_task("chartqa", path).items) == count
+
+
+@pytest.mark.parametrize("pattern", ["/data/test-*", "''"])
+def test_a_readme_whose_patterns_name_no_files_here_is_passed_over(pattern, tmp_path):
+    hub(tmp_path, readme=False)
+    public.write_readme(tmp_path, {"default": {"test": pattern}})
+    assert shown(file_task("chartqa", tmp_path)) == expected(CHARTS, "chartqa")
+
+
 def test_images_may_be_named_instead_of_held(tmp_path):
     """A table may hold paths: in the image's struct, as a text, or in a TSV of which the images were moved out."""
     import pyarrow as pa
@@ -330,6 +392,9 @@ def test_rows_in_memory_are_read_too(tmp_path):
         (lambda folder: write(folder / "test_human.json", '[{"query": "q"}]'), "no column for the answers"),
         (lambda folder: write(folder / "x.tsv", "index\tquestion\tanswer\n"), "no column for the image"),
         (lambda folder: write(folder / "x.tsv", "index\tquestion\tanswer\timage\n"), "holds no rows"),
+        (lambda folder: write(folder / "x.tsv", "answer\timage\tquestion\n1\tx\tcaf\udce9\n"), r"x\.tsv .*in UTF-8"),
+        (lambda folder: write(folder / "x.tsv", "question caf\udce9\n"), r"x\.tsv .*in UTF-8"),
+        (lambda folder: write(folder / "test_human.json", "[null, 7]"), "holds no questions"),
         (lambda folder: write(folder / "state.json", "{"), "save the data set again"),
     ],
 )
@@ -340,7 +405,7 @@ def test_what_cannot_be_read_is_refused_with_the_remedy(make, message, tmp_path)
 
 
 def write(path, text):
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return path if path.suffix != ".json" else path.parent
 
 

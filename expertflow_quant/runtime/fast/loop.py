@@ -167,7 +167,8 @@ def _embeddings(model: Any, wanted: bool) -> Iterator[list[Tensor]]:
 class _Answers:
     """Rows ``[:rows]`` of ``graphs``, whose first tokens are chosen, until each has ended.
 
-    The host reads a token while the device works on the next, so a row that ends is stepped once more in vain.
+    The host reads a token while the device works on the next, so a row that ends is stepped once more in vain. Of
+    several rows, those with a token of ``end_ids`` are known to the device too: that step sends them to no expert.
     """
 
     def __init__(
@@ -185,14 +186,18 @@ class _Answers:
         self._answers: list[list[int]] = [[] for _ in range(rows)]
         self._open = [True] * rows
         self._on_cuda = graphs.device.type == "cuda"
+        self._ends = torch.tensor(sorted(end_ids), dtype=torch.int64, device=graphs.device)
 
     def finish(self, sampling: Sampling, sampler: Sampler) -> list[list[int]]:
         graphs, rows = self._graphs, self._rows
         bucket = graphs.bucket(rows)
-        self._set_active()
+        graphs.active.zero_()
+        graphs.active[:rows] = True
         for left in reversed(range(sampling.max_new_tokens)):
             read = self._reader(graphs.tokens[:rows, 0])
             if left:
+                if rows > 1:  # a single row's step does not look whether it is active
+                    graphs.active[:rows] &= (graphs.tokens[:rows] != self._ends).all(dim=1)
                 graphs.step(bucket)
                 if not sampler.greedy:
                     graphs.tokens[:rows, 0] = sampler.pick(graphs.logits(bucket)[:rows])
@@ -228,14 +233,15 @@ class _Answers:
         if self._cancellable is not None and self._cancellable.event.is_set():
             return True
         if before != self._open and any(self._open):
-            self._set_active()
+            self._close()
         return not any(self._open)
 
     def _ended(self, row: int, token: int) -> bool:
         dropped = self._cancellable is not None and row in self._cancellable.rows
         return dropped or token in self._end_ids or bool(self._stop and self._stop.met(self._answers[row]))
 
-    def _set_active(self) -> None:
-        active = torch.zeros(self._graphs.active.shape, dtype=torch.bool, pin_memory=self._on_cuda)
-        active[: self._rows] = torch.tensor(self._open)
-        self._graphs.active.copy_(active, non_blocking=True)
+    def _close(self) -> None:
+        """The device may know of later ends already, so none is opened again."""
+        still = torch.empty(self._rows, dtype=torch.bool, pin_memory=self._on_cuda)
+        still.copy_(torch.tensor(self._open))
+        self._graphs.active[: self._rows] &= still.to(self._graphs.device, non_blocking=True)

@@ -212,6 +212,22 @@ def test_a_row_that_nobody_reads_any_more_wants_no_experts(engine, monkeypatch):
     assert active == [[True] * 3] + [[True, False, True]] * 4
 
 
+def test_a_row_that_has_ended_wants_no_experts(engine, monkeypatch):
+    """Nor in the step that has begun when the host reads its last token."""
+    batches = engine._encode(CONVERSATIONS[:3], Sampling(6))
+    wanted = engine.runner.run(batches, Sampling(6))
+    ends = frozenset({wanted[0][1], wanted[1][3]})
+    expected = [next((row[: at + 1] for at, token in enumerate(row) if token in ends), row) for row in wanted]
+    assert len(set(map(len, expected))) > 1
+    monkeypatch.setattr(engine.runner, "_end_ids", ends)
+    graphs, active = engine.runner.graphs, []
+    step = graphs.step
+    monkeypatch.setattr(graphs, "step", lambda bucket: (active.append(graphs.active.tolist()[:3]), step(bucket)))
+    assert engine.runner.run(batches, Sampling(6)) == expected
+    steps = min(5, max(map(len, expected)))
+    assert active == [[len(row) > step + 1 or len(row) == 6 for row in expected] for step in range(steps)]
+
+
 def test_callers_take_turns(engine):
     wanted = tokens(engine, CONVERSATIONS[:2], 8)
     streams = [engine.stream(conversation, 8) for conversation in CONVERSATIONS[:2]]

@@ -14,9 +14,12 @@ from eval.speed.bench import Bench
 from eval.speed.drawn import Drawn, Predictions
 from eval.speed.ours import fast_spec
 from eval.speed.systems import Counters, Setting, SystemSpec
+from expertflow_quant.offload.path_model import PathModel, PathModelSizes
+from expertflow_quant.offload.predict_paths import PathPredictor
 from expertflow_quant.runtime.experts import LayerExperts, attach
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
 from expertflow_quant.runtime.fast.decode import BUCKETS
+from expertflow_quant.runtime.fast.foretold import FIRST, Foretold
 from expertflow_quant.runtime.fast.lookahead import LookAhead
 from expertflow_quant.runtime.fast.probe import Findings
 from expertflow_quant.runtime.prompts import Prompts
@@ -49,10 +52,11 @@ class TraceRunner:
         if predictions is not None:
             share = setting.budget_bytes / bench.expert_bytes
             self._drawn = Drawn(predictions, sizes, share, MISSING, bench.device)
-        told = self._step if self._drawn is None else self._drawn.ids
 
         def make_ahead(findings: Findings) -> LookAhead:
-            return LookAhead(lambda layer, hidden: told[layer], ahead, bench.device)
+            if self._drawn is not None:
+                return _foretold(self._drawn.ids, ahead, made.model, options)
+            return LookAhead(lambda layer, hidden: self._step[layer], ahead, bench.device)
 
         self._runner = build_fast(
             made.model,
@@ -94,6 +98,17 @@ class TraceRunner:
 
     def close(self) -> None:
         del self._runner
+
+
+def _foretold(drawn: Tensor, ahead: int, model: Any, options: FastOptions) -> LookAhead:
+    """``drawn`` guesses int64 ``[layers, 1, experts]``, there when a trained predictor's are; one of the usual size
+    runs beside them for what it costs, and is not listened to."""
+    layers, _, experts = drawn.shape
+    sizes = PathModelSizes(model.config.get_text_config().vocab_size, layers, experts)
+    predictor = PathPredictor(PathModel(sizes))
+    rows, room = options.buckets[-1], options.room
+    foretold = Foretold(predictor, [experts] * layers, rows, room, (), drawn.device)
+    return LookAhead(lambda layer, hidden: None if layer < FIRST else drawn[layer], ahead, drawn.device, foretold)
 
 
 def _made(ahead: int) -> Callable[[Bench, Setting], TraceRunner]:

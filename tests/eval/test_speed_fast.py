@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from eval.__main__ import app
+from eval.speed import fast
 from eval.speed.bench import Bench, find_target
 from eval.speed.drawn import Predictions
 from eval.speed.fast import OURS, TraceRunner
@@ -72,15 +73,18 @@ def test_an_oracle_leaves_no_misses_and_moves_the_same_bytes(bench):
     assert told.bytes_moved >= without.bytes_moved > 0
 
 
-def test_guesses_cost_bytes_and_leave_fewer_misses(bench):
+def test_guesses_cost_bytes_and_leave_fewer_misses(bench, monkeypatch):
+    """Not in the first layers, which a predictor's guess does not reach in time."""
     setting = Setting("75%", int(bench.expert_bytes * 0.75), 1, PROMPT, STEPS, 0)
     _, decode, prompt = routes_of(bench, 1)
     found = {}
-    for name, predictions in (
-        ("none", None),
-        ("good", Predictions(0.9, 0.9, "")),
-        ("wrong", Predictions(0.2, 0.1, "")),
+    for name, first, predictions in (
+        ("none", 0, None),
+        ("good", 0, Predictions(0.9, 0.9, "")),
+        ("wrong", 0, Predictions(0.2, 0.1, "")),
+        ("late", fast.FIRST, Predictions(0.9, 0.9, "")),
     ):
+        monkeypatch.setattr(fast, "FIRST", first)
         runner = TraceRunner(bench, setting, 1 if predictions else 0, predictions)
         runner.prefill(prompt_tokens(setting, bench), prompt)
         runner.reset_counters()
@@ -89,6 +93,7 @@ def test_guesses_cost_bytes_and_leave_fewer_misses(bench):
         found[name] = runner.counters()
     assert found["good"].misses < found["none"].misses
     assert found["wrong"].bytes_moved > found["none"].bytes_moved
+    assert found["late"] == found["none"]
 
 
 def test_the_command_runs_both(tmp_path):

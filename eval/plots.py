@@ -27,6 +27,7 @@ STYLE = {
     "axes.titlesize": 10,
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "text.parse_math": False,  # a label may have two dollars in it
 }
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from eval.compare.changed import cards, changed_questions
-from eval.compare.report import Report, markdown
+from eval.compare.report import Report, markdown, unasked
 from eval.compare.sizes import sizes_of
 from eval.compare.systems import Contest, contest, tasks_named
 from eval.comparison import compare as compare_pair
@@ -90,6 +90,8 @@ def compare(
     console.print(comparisons_table(comparisons, tasks))
     for pair in report.pairs:
         console.print(f"{pair.system} against {pair.baseline} ({pair.role}), every task: {pair.verdict}", markup=False)
+    if open_ends := unasked(report):
+        console.print(open_ends.strip(), style="yellow", markup=False, highlight=False)
     console.print(f"compare.json, .md, .html, .png and every answer: {out}", markup=False, highlight=False)
 
 

@@ -95,6 +95,24 @@ def test_brackets_in_a_label_are_brackets(models):
     assert "int4 [/x] against bf16 [red]" in done.output
 
 
+def test_dollars_in_a_label_are_no_formula(models):
+    """matplotlib reads what is between two as one, and ends where it cannot."""
+    systems = [rf"int4 $\x$={models / 'out'}", "--self", f"bf16={models / 'plain'}"]
+    done = run(*systems, "--items", "8", "--out", models / "results")
+    assert done.exit_code == 0, done.output
+    assert Image.open(models / "results" / "compare.png").size[0] > 1000
+
+
+@pytest.mark.parametrize(("given", "lacks"), [("self", "dense"), ("dense", "self")])
+def test_a_comparison_that_was_not_made_is_said(models, given, lacks):
+    done = run(models / "out", f"--{given}", models / "plain", "--items", "8", "--out", models / "results")
+    assert done.exit_code == 0, done.output
+    pages = [(models / "results" / f"compare.{kind}").read_text() for kind in ("md", "html")]
+    for text in (done.output, *pages):
+        assert f"(--{lacks})" in text
+        assert f"(--{given})" not in text
+
+
 def test_a_baseline_that_answered_nothing_makes_no_system_superior(models, monkeypatch):
     class Broken:
         expert_bytes = device_expert_bytes = 0

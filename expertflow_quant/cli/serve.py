@@ -57,7 +57,12 @@ Ahead = Annotated[
 ]
 Usage = Annotated[Path | None, typer.Option("--usage", help="Recorded trace of this model to learn use from.")]
 Slots = Annotated[Path | None, typer.Option("--slots", help="Slots of each layer, as calibration plan writes them.")]
-Batch = Annotated[int, typer.Option("--batch", help="Requests answered together at most.")]
+Batch = Annotated[
+    int,
+    typer.Option(
+        "--batch", help="Requests answered together at most: more a second, and room for each one's context is kept."
+    ),
+]
 Schedule = Annotated[
     str, typer.Option("--schedule", help="Who goes together: paths, words, arrival; auto: paths with a predictor.")
 ]

@@ -1,7 +1,7 @@
 # From a clean checkout: `make demo` and `make test`. Each makes .venv first when there is none.
 #   make PYTHON=/path/to/python        the interpreter to build .venv from (default: newest suitable one found)
-#   make VENV=.venv-old PINS="transformers==5.17.0 torch==2.11.0 numpy<2.5" test      another set of versions
-#                                      (the interpreter of triton 3.6, which that torch brings, needs numpy before 2.5)
+#   make VENV=.venv-old PINS="transformers==5.17.0 torch==2.11.0 numpy<2.4" test      another set of versions
+#                                      (the interpreter of triton 3.6, which that torch brings, needs numpy before 2.4)
 #   make test PYTEST_ARGS="tests/packaging -k wheel"                          some of the tests
 
 VENV ?= .venv

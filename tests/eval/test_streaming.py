@@ -17,8 +17,7 @@ from expertflow_quant.pipeline.stream import ModelStream
 
 MIB = 1 << 20
 SMALL = Sizes(layers=30, experts=8, hidden=512, intermediate=384, vocabulary=4096, heads=8, top_k=2)
-# beside two layers: what is imported on the way (most where torch is for CUDA), work, heap that the C library keeps
-ROOM = 160 * MIB
+ROOM = 144 * MIB  # beside two layers: what is imported on the way, work of the methods, heap that the C library keeps
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 
@@ -32,10 +31,13 @@ def test_memory_holds_two_layers_and_not_the_model(tmp_path: Path) -> None:
     job = job_command(tmp_path / "model", tmp_path / "out", "rtn", "int4-g32", 2, 2, 32, "cpu")
     watched = watch(job, threads=1, interval=0.01)
     summary = command.summary("rtn", watched, 0)
-    assert summary["peak_bytes"] - summary["start_bytes"] < allowed
-    assert len(summary["layers_begin"]) == SMALL.layers
-    early = [s["rss"] for s in watched.samples if s["time"] < summary["layers_begin"][5]]
-    assert max(s["rss"] for s in watched.samples) < max(early) + SMALL.layer_bytes
+    begins = summary["layers_begin"]
+    assert len(begins) == SMALL.layers
+    # as it ends, torch for CUDA reads 130 MB of its libraries once more
+    held = [(s["time"], s["rss"]) for s in watched.samples if s["time"] <= begins[-1]]
+    peak = max(rss for _, rss in held)
+    assert peak - summary["start_bytes"] < allowed
+    assert peak < max(rss for time, rss in held if time < begins[5]) + SMALL.layer_bytes
 
 
 def test_the_model_is_what_it_says(tmp_path: Path) -> None:

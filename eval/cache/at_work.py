@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import expertflow_quant
+from eval.cache.at_work_plot import at_work_figure
+from eval.plots import save
 from eval.provenance import provenance
 from eval.report import cells_table, make_console, write_json
 from eval.runner import progress_bar
@@ -59,6 +61,7 @@ def policies(
     settings = {"checkpoint": checkpoint.name, "items": items, "expert_memory": expert_memory}
     results = {"made": provenance("eval", sys.argv[1:], device), "settings": settings, "runs": found}
     write_json(out, results)
+    save(at_work_figure(results), out.with_suffix(".png"))
     rows = [
         [entry["policy"], entry["predictor"], f"{entry['ahead']:g}", f"{100 * entry['hit_rate']:.1f} %"]
         + [f"{entry[name] / 1e3:.0f}" for name in ("bytes_per_token", "ahead_bytes_per_token")]

@@ -15,7 +15,7 @@ from eval.report import cells_table, make_console, write_json
 from eval.runner import progress_bar
 from eval.schedule.at_work import FIGURES, Traffic, measure_at_work
 from eval.schedule.measure import ARRIVAL, compare_orders
-from eval.schedule.plots import schedule_figure
+from eval.schedule.plots import at_work_figure, schedule_figure
 from eval.schedule.traffic import joined
 from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.offload.predict_paths import PathPredictor
@@ -78,6 +78,7 @@ def schedule(
     results = {"made": provenance("eval", sys.argv[1:], "cpu"), "settings": settings, "orders": found}
     if worked:
         results["at_work"] = {"settings": asdict(traffic), "orders": worked}
+        save(at_work_figure(worked, traffic.rows), out.with_name(f"{out.stem}-at-work.png"))
         console.print(at_work_table(worked, traffic))
     write_json(out, results)
     save(schedule_figure(found, rows), out.with_suffix(".png"))

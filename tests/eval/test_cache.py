@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from eval.__main__ import app
@@ -229,6 +230,7 @@ def test_every_switch_of_the_plain_path_gives_the_same_answers(small_int4, tmp_p
     outcome = CliRunner().invoke(app, command)
     assert outcome.exit_code == 0, outcome.output
     runs = json.loads((tmp_path / "policies.json").read_text())["runs"]
+    assert Image.open(tmp_path / "policies.png").size[0] > 900
     assert all(run["same_answers"] for run in runs)
     assert {run["policy"] for run in runs} == {"lru", "scan", "lfu", "predictive"}
     assert {run["ahead"] for run in runs if run["ahead_bytes_per_token"]} == {1.0}

@@ -7,8 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from eval.__main__ import app
+from eval.plots import save
 from eval.schedule.at_work import Traffic, measure_at_work
 from eval.schedule.measure import interval
+from eval.schedule.plots import AT_WORK, at_work_figure
 from eval.schedule.traffic import joined, known_paths, touched
 from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.offload.path_model import PathModel, PathModelSizes
@@ -96,7 +98,7 @@ def test_paths_by_words_and_by_a_predictor_that_read_the_prompt():
         assert sorted(scores[row, 0].topk(2).indices.tolist()) == paths["predicted"][item].nonzero()[:, 1].tolist()
 
 
-def test_orders_at_work_answer_the_same_questions(small_int4):
+def test_orders_at_work_answer_the_same_questions(small_int4, tmp_path):
     ticks = []
     found = measure_at_work(small_int4, Traffic(2, 2, 2, "50%"), [2], None, lambda: ticks.append(1))
     assert [(entry["paths"], entry["patience"]) for entry in found] == [("arrival", 0), ("words", 2)]
@@ -105,3 +107,6 @@ def test_orders_at_work_answer_the_same_questions(small_int4):
         assert 2 <= entry["figures"]["distinct_experts"] <= 16
         assert 0 < entry["figures"]["hit_rate"] < 1
     assert found[1]["change"]["tokens_per_second"]["lower"] < found[1]["change"]["tokens_per_second"]["upper"]
+    figure = at_work_figure(found, 2)
+    assert [panel.get_title("left") for panel in figure.axes] == list(AT_WORK.values())
+    save(figure, tmp_path / "at-work.png")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertflow_quant.models.routers import router_of
 from expertflow_quant.models.seams import CACHE_NAMES, image_ids
 from expertflow_quant.offload.cache import ExpertCache
 from expertflow_quant.offload.foresight import Chances, Foresight, PassTokens
 from expertflow_quant.runtime.experts import NAME, attached
 from expertflow_quant.runtime.waited import waited_for
-from expertflow_quant.runtime.watcher import router_of
 
 SURE, LEAST = 0.9, 0.6
 """Chances of the first and of the last expert that a next-gate guess names: about what was right of them

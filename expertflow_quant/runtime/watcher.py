@@ -6,35 +6,18 @@ language model notes the input embeddings of image tokens, which are known befor
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from expertflow_quant.formats.errors import ExpertFlowError
-from expertflow_quant.models.seams import expert_modules, find_router, num_experts
+from expertflow_quant.models.routers import Router, router_of
+from expertflow_quant.models.seams import expert_modules
 from expertflow_quant.offload.sight import Basis, Sight, coded
 from expertflow_quant.offload.trace import PROMPT_IMAGE, RoutingTrace
 from expertflow_quant.runtime.engine import Engine
 from expertflow_quant.runtime.experts import attached
-
-
-@dataclass(frozen=True)
-class Router:
-    """How a layer scores its experts: ``weight`` float [E, H], and ``bias`` float [E] if it has one."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.weight)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[..., E] of the router's input [..., H], in its dtype."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        return functional.linear(hidden, self.weight.to(hidden.dtype), bias)
 
 
 class Watcher:
@@ -110,16 +93,3 @@ def _embedding(watcher: Watcher) -> Any:
             watcher.embeddings.append(inputs.detach().flatten(0, -2).to("cpu", torch.float16))
 
     return note
-
-
-def router_of(model: nn.Module, name: str) -> Router:
-    """The router beside the experts module ``name``."""
-    router = find_router(model, name)
-    weight = None if router is None else router._parameters.get("weight")
-    if weight is None or weight.ndim != 2 or len(weight) != num_experts(model.get_submodule(name)):
-        raise ExpertFlowError(
-            f"{name} has no router with a weight [experts, hidden], so later routers cannot be applied: do not look "
-            "ahead with them"
-        )
-    bias = None if router is None else router._parameters.get("bias")
-    return Router(weight.detach(), None if bias is None or bias.shape != weight.shape[:1] else bias.detach())

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from expertflow_quant.formats.errors import ExpertFlowError
 from expertflow_quant.kernels import fits_topk, small_topk
-from expertflow_quant.models.seams import find_router
+from expertflow_quant.models.routers import Router, router_of
 from expertflow_quant.runtime.fast.foretold import Foretold
 from expertflow_quant.runtime.fast.probe import FastPathError
 
@@ -44,13 +43,12 @@ def next_gate(model: Any, names: Sequence[str], top_k: Sequence[int], widths: Se
     has one; what it does to them after that keeps their order in most models, and where it does not the guess is only
     worse. Raises FastPathError for a router without such a weight, or one that reads something else.
     """
-    weights = [_gate(model, name, width) for name, width in zip(names, widths, strict=True)]
+    routers = [_gate(model, name, width) for name, width in zip(names, widths, strict=True)]
 
     def guess(layer: int, hidden: Tensor | None) -> Tensor | None:
         if hidden is None:
             return None
-        weight, bias = weights[layer]
-        scores = functional.linear(hidden, weight.to(hidden.dtype), bias).float()
+        scores = routers[layer](hidden).float()
         if fits_topk(scores.shape[1], top_k[layer]):
             return small_topk(scores, top_k[layer])[1]
         return scores.topk(top_k[layer], dim=-1).indices
@@ -58,16 +56,17 @@ def next_gate(model: Any, names: Sequence[str], top_k: Sequence[int], widths: Se
     return guess
 
 
-def _gate(model: Any, name: str, width: int) -> tuple[Tensor, Tensor | None]:
-    router = find_router(model, name)
-    weight = getattr(router, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != width:
+def _gate(model: Any, name: str, width: int) -> Router:
+    try:
+        router = router_of(model, name)
+    except ExpertFlowError:
+        router = None
+    if router is None or router.weight.shape[1] != width:
         raise FastPathError(
             f"{name}: its router has no weight for the {width} hidden states that its experts get, to look ahead with: "
             "use look_ahead='off'"
         )
-    bias = getattr(router, "bias", None)
-    return weight, bias if isinstance(bias, Tensor) and bias.shape == weight.shape[:1] else None
+    return router
 
 
 def _two_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:

@@ -91,7 +91,7 @@ def compare(
     for pair in report.pairs:
         console.print(f"{pair.system} against {pair.baseline} ({pair.role}), every task: {pair.verdict}", markup=False)
     if open_ends := unasked(report):
-        console.print(open_ends.strip(), style="yellow", markup=False, highlight=False)
+        console.print(open_ends, style="yellow", markup=False, highlight=False)
     console.print(f"compare.json, .md, .html, .png and every answer: {out}", markup=False, highlight=False)
 
 

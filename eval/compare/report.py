@@ -116,7 +116,7 @@ def asked(report: Report) -> str:
     told = [(task.description, task.title) for task in report.tasks]
     counts = " and ".join(f"{of['items']:,} questions about {of['images']:,} {title}" for of, title in told)
     same = "the same items, prompts and batches for every system, greedy."
-    return f"{counts}; {same}{zeros(report)}{unasked(report)}"
+    return " ".join(filter(None, [f"{counts}; {same}", zeros(report), unasked(report)]))
 
 
 def zeros(report: Report) -> str:
@@ -125,16 +125,16 @@ def zeros(report: Report) -> str:
     rows = sum(len(task.damaged) for task in report.tasks)
     failed = [(judgement.failures - rows, judgement.system.label) for judgement in report.judgements]
     told = [*damaged, *(f"{count} items that failed of {label}" for count, label in failed if count)]
-    return f" Counted as 0: {', '.join(told)}." if told else ""
+    return f"Counted as 0: {', '.join(told)}." if told else ""
 
 
 def unasked(report: Report) -> str:
     """Which of the two comparisons that belong together was not made; "" where both were."""
     told = {
-        OWN: " Not compared with its own full precision (--self), so what quantizing costs is not told.",
-        DENSE: " Not compared with a dense model (--dense), so whether it scores below one is not told.",
+        OWN: "Not compared with its own full precision (--self), so what quantizing costs is not told.",
+        DENSE: "Not compared with a dense model (--dense), so whether it scores below one is not told.",
     }
-    return "".join(text for role, text in told.items() if role not in report.roles.values())
+    return " ".join(text for role, text in told.items() if role not in report.roles.values())
 
 
 def verdict_cells(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -51,6 +51,7 @@ class Activations:
 
     def commit(self, block: int, outputs: Sequence[Stored]) -> None:
         """Notes that the outputs of a block are whole, one of each batch."""
+        # "outputs" were written without what blocks share, so a run of that time makes its activations again
         state = [{"file": each.file, "structure": each.structure, "sha256": each.sha256} for each in outputs]
         write_durably(self._state(block), [json_bytes({"made": state})], self._durable)
 

@@ -256,7 +256,8 @@ class DecodeGraphs:
         return next(bucket for bucket in self.buckets if bucket >= rows)
 
     def capture(self, on_bucket: Callable[[int], None] | None = None) -> None:
-        """Compile and capture every bucket, largest first, so that the smaller ones find room in its pool."""
+        """Compile every bucket, and capture those with a graph; largest first, so that the smaller ones find room in
+        its pool."""
         self.active.zero_()
         self.kv.lengths.zero_()
         if self.device.type != "cuda":
@@ -265,8 +266,10 @@ class DecodeGraphs:
             pool = torch.cuda.graph_pool_handle()
             for bucket in reversed(self.buckets):
                 if self.streams(bucket):
-                    continue
-                self._capture(bucket, pool)
+                    with self.compiled(bucket):
+                        self._run(bucket)
+                else:
+                    self._capture(bucket, pool)
                 if on_bucket is not None:
                     on_bucket(bucket)
         self.kv.lengths.zero_()
@@ -307,7 +310,8 @@ class DecodeGraphs:
             torch.cuda.current_stream(self.device).wait_stream(side)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            # a stream that is not named is one for all devices, on the first that anything was captured on
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self._run(bucket)
         self._graphs[bucket] = graph
 

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,17 +32,23 @@ def gpu_tests(
     limit: Annotated[float, typer.Option(min=1, help="seconds after which what still runs is stopped")] = 3600,
     out: Annotated[Path | None, typer.Option(help="write what came of each test into this JSON file")] = None,
 ) -> None:
-    """Run the tests that need an NVIDIA GPU. Exit status 1 unless all of them ran and none failed."""
+    """Run the tests that need an NVIDIA GPU. Exit status 1 unless all of them ran and none failed. Those that weigh a
+    GPU's memory run before the others; where there are several GPUs, beside them, on one of their own."""
     if not torch.cuda.is_available():
         raise typer.BadParameter(f"torch {torch.__version__} finds no NVIDIA GPU: run this where there is one")
     begun = time.monotonic()
-    with TemporaryDirectory() as folder:
-        lines = Path(folder) / "outcomes.jsonl"
-        statuses = [
-            run_pytest(["-m", *arguments, *map(str, paths or [])], lines, limit - (time.monotonic() - begun))
-            for arguments in ([ALONE], [TOGETHER, "-n", str(workers), "--dist", "load"])
-        ]
-        found = {"seconds": round(time.monotonic() - begun), "pytest": statuses, **tally(lines)}
+    gpus = visible_gpus()
+    sessions = (([ALONE], gpus[::-1]), ([TOGETHER, "-n", str(workers), "--dist", "load"], gpus[:-1] or gpus))
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(1 if len(gpus) < 2 else 2) as pool:
+        lines = [Path(folder) / f"outcomes-{index}.jsonl" for index in range(len(sessions))]
+
+        def run(session: tuple[list[str], list[str]], file: Path) -> int | None:
+            arguments, seen = session
+            left = limit - (time.monotonic() - begun)
+            return run_pytest(["-m", *arguments, *map(str, paths or [])], file, left, seen)
+
+        statuses = list(pool.map(run, sessions, lines))
+        found = {"seconds": round(time.monotonic() - begun), "gpus": len(gpus), "pytest": statuses, **tally(lines)}
     make_console().print(outcomes_table(found))
     if out is not None:
         write_json(out, {"made": provenance("eval", sys.argv[1:], "cuda"), **found})
@@ -49,14 +56,23 @@ def gpu_tests(
         raise typer.Exit(1)
 
 
-def run_pytest(arguments: Sequence[str], lines: Path, limit: float) -> int | None:
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that torch finds."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [name for name in named.split(",") if name] or [str(index) for index in range(torch.cuda.device_count())]
+
+
+def run_pytest(arguments: Sequence[str], lines: Path, limit: float, gpus: Sequence[str] = ()) -> int | None:
     """Run pytest in the checkout, outcomes added to ``lines``; its exit status. After ``limit`` seconds it and all it
-    started are ended: None."""
+    started are ended: None. ``gpus``: those that it sees, all where none is named."""
     if limit <= 0:
         return None
-    command = [sys.executable, "-m", "pytest", "-p", "eval.gpu_tests.outcomes", "--outcomes", str(lines), *arguments]
+    # one word: of a path by itself, once there is such a file, pytest takes the folder for the checkout's
+    told = f"--outcomes={lines}"
+    command = [sys.executable, "-m", "pytest", "-p", "eval.gpu_tests.outcomes", told, *arguments]
     # a session of its own: what a hung test has started ends too
-    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={**os.environ, **seen})
     try:
         return running.wait(limit)
     except subprocess.TimeoutExpired:
@@ -68,11 +84,12 @@ def run_pytest(arguments: Sequence[str], lines: Path, limit: float) -> int | Non
         running.wait()
 
 
-def tally(lines: Path) -> dict[str, Any]:
+def tally(files: Iterable[Path]) -> dict[str, Any]:
     """What came of each test: {"counts": {outcome: n}, "files": {file: {outcome: n}}, outcome but "passed":
     {test: why}}. A test that failed while it was set up or torn down has failed, and so has a file that cannot be
     read."""
-    written = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
+    texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+    written = [json.loads(line) for text in texts for line in text.splitlines()]
     ended: dict[str, tuple[str, str]] = {}
     for line in written:
         if "test" in line and ended.get(line["test"], ("", ""))[0] != FAILED:

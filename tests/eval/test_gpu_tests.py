@@ -43,7 +43,7 @@ def written(folder: Path, name: str, alone: bool = False, sleep: float = 0) -> P
 def test_each_outcome_is_told_with_its_reason(processes: list[str], tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
     assert run_pytest(["-m", "cuda", *processes, "-q", str(written(tmp_path, "a"))], lines, 60) == 1
-    found = tally(lines)
+    found = tally([lines])
     assert found["counts"] == {"passed": 2, "failed": 2, "skipped": 1, "not run": 0}
     ((file, count),) = found["files"].items()
     assert file.endswith("test_a.py")
@@ -58,7 +58,7 @@ def test_a_run_that_hangs_is_ended_and_has_told_what_it_saw(tmp_path: Path) -> N
     lines, begun = tmp_path / "lines.jsonl", time.monotonic()
     assert run_pytest(["-m", "cuda", "-q", str(written(tmp_path, "a", sleep=600))], lines, 15) is None
     assert time.monotonic() - begun < 60
-    found = tally(lines)
+    found = tally([lines])
     assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 1, "not run": 1}
     assert [test.split("::")[1] for test in found["not run"]] == ["test_last"]
     assert run_pytest(["--version"], lines, 0) is None
@@ -81,12 +81,39 @@ def test_the_command_runs_the_lonely_ones_alone_and_writes_a_figure(
     assert len(figure["files"]) == 2
 
 
+def test_a_file_of_outcomes_that_is_there_does_not_move_the_checkout(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.touch()
+    assert run_pytest(["-q", "--collect-only", "tests/eval/test_gpu_tests.py"], lines, 60) == 0
+    (found,) = map(json.loads, lines.read_text().splitlines())
+    assert {test.split("::")[0] for test in found["found"]} == {"tests/eval/test_gpu_tests.py"}
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [("", {ALONE: "1,0", command.TOGETHER: "0"}), ("3", dict.fromkeys([ALONE, command.TOGETHER], "3"))],
+    ids=["two GPUs", "one of them"],
+)
+def test_the_lonely_ones_have_a_gpu_to_themselves(
+    named: str, seen: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    asked: dict[str, str] = {}
+    monkeypatch.setattr(
+        command, "run_pytest", lambda arguments, lines, limit, gpus: asked.update({arguments[1]: ",".join(gpus)})
+    )
+    assert CliRunner().invoke(app, ["gpu-tests"]).exit_code == 1
+    assert asked == seen
+
+
 def test_a_file_that_cannot_be_read_has_failed(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text("import no_such_module")
     (tmp_path / "test_b.py").write_text("import pytest; pytest.importorskip('no_such_module')")
     lines = tmp_path / "lines.jsonl"
     assert run_pytest(["-m", "cuda", "-q", str(tmp_path)], lines, 60) == 2
-    found = tally(lines)
+    found = tally([lines])
     assert found["counts"] == {"passed": 0, "failed": 1, "skipped": 1, "not run": 0}
     assert "No module named 'no_such_module'" in "".join(found["failed"].values())
 

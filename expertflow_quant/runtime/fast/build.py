@@ -48,8 +48,8 @@ WARM_WIDTHS = (16, 256, 4096)
 
 OFF, NEXT_GATE = "off", "next-gate"
 NEXT_GATE_LAYERS = 1
-FORETOLD_LAYERS = 4
-"""Measured on an H100: 2 layers are 3 % slower, 6 no faster."""
+FORETOLD_LAYERS = 8
+"""Measured on an H200, ms a step of 48 layers: 8 layers ahead 6.11, 4: 6.16."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def build_fast(
     prefill_tokens = max(options.prefill_tokens, options.room)
     runner = FastRunner(graphs, resident, streamed, ring, findings, tokenizer, end_ids, prefill_tokens, routes)
     with _refused_by_name(model):
-        graphs.capture(lambda bucket: told(f"captured a graph for {bucket} rows"))
+        graphs.capture(lambda bucket: told(f"compiled steps of {bucket} rows"))
         if device.type == "cuda" and routes is None:
             with passes.on_device(device):
                 _warm(runner, options)

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The resolve kernel: one program per call, which holds a whole layer's slots and experts in registers. Where nothing is
-missing it only stamps and counts; else it assigns slots.
+"""The resolve kernel: one program per call, which holds a whole layer's slots and experts in registers. Where nothing
+is missing it only stamps and counts.
 
 Victims are ranked by one sort of 64-bit keys (pool, in use, stamp, slot), so the slots of a pool come out where the
 pool starts, best victim first; the r-th missing expert of a pool looks at the r-th place from there. Under a ranked

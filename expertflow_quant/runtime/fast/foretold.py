@@ -145,8 +145,12 @@ class Foretold:
 def _joined(attention: Any, query: Tensor, kept: Tensor, seen: Tensor) -> Tensor:
     """Attention of ``query [B, heads, 1, D]`` over keys and values ``[2, B, heads, N, D]``, projected:
     ``[B, 1, width]``."""
-    found = functional.scaled_dot_product_attention(query, kept[0], kept[1], attn_mask=seen)
-    projected: Tensor = attention.out_proj(found.transpose(1, 2).flatten(2))
+    # As two products, whose work is dealt out over the kept tokens: torch's fused attention has one program for each
+    # head, which took 0.58 ms of a step on an H200 where a prompt had room for 2,209 tokens.
+    scores = query @ kept[0].transpose(-1, -2) / math.sqrt(query.shape[-1])
+    hidden = torch.finfo(scores.dtype).min  # no infinity: where a row sees nothing, nothing becomes NaN
+    shares = torch.where(seen, scores, hidden).softmax(dim=-1)
+    projected: Tensor = attention.out_proj((shares @ kept[1]).transpose(1, 2).flatten(2))
     return projected
 
 

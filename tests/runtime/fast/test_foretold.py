@@ -79,6 +79,14 @@ def test_steps_make_the_predictors_guesses_in_rows_of_their_own():
     assert torch.equal(foretold.guess(FIRST, None), foretold.ids[FIRST])
 
 
+def test_a_row_that_nobody_read_makes_no_nan():
+    foretold = Foretold(predictor_of(SIZES), [6] * 4, 2, 30, [IMAGE], CPU, chance=0.01)
+    foretold.read(0, prompts_of([8], torch.Generator().manual_seed(0)))
+    foretold.begin(torch.tensor([[9], [10]]), torch.tensor([True, False]))
+    assert all(kept.isfinite().all() for kept in foretold._answers)
+    assert (foretold.ids < 6).any()
+
+
 def test_long_answers_are_no_longer_guessed():
     foretold = Foretold(predictor_of(SIZES), [6] * 4, 1, 8, [IMAGE], CPU, chance=0.01)
     foretold.read(0, prompts_of([8], torch.Generator().manual_seed(0)))

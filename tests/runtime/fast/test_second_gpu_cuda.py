@@ -1,33 +1,52 @@
 """Captured steps on another GPU than the first, in a process that has captured on the first too."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import fast
 
+import expertflow_quant
+
+ROOT = Path(__file__).parents[3]
+SHIPPED = ROOT / "calibration" / "shipped" / "moe"
+
+CHECKED = """
+import json, sys
+import torch
+sys.path.insert(0, "tests")
+from helpers import fast
 import expertflow_quant
 from expertflow_quant.runtime.fast.build import FastOptions
 
-SHIPPED = Path(__file__).parents[3] / "calibration" / "shipped" / "moe"
+folder, *devices = sys.argv[1:]
+asked = [fast.asked(text) for text in fast.TEXTS[:2]]
+plain = expertflow_quant.load(folder, device=devices[0], dtype=torch.float32, fast=False)
+found = {"wanted": fast.tokens(plain, asked), "before": torch.cuda.current_device(), "engines": []}
+options = FastOptions(rows=2, room=160, compile_layers=False, look_ahead="next-gate")
+for device in devices:
+    engine = expertflow_quant.load(folder, "40%", device, torch.float32, fast=True, options=options)
+    got, where = fast.tokens(engine, asked), str(engine.runner.resident.device)
+    found["engines"].append({"tokens": got, "where": where, "after": torch.cuda.current_device()})
+print(json.dumps(found))
+"""
+"""In a process of its own: the tests that weigh memory must not find this one's."""
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.alone,  # beside the tests that weigh memory, which see all GPUs
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU"),
-    pytest.mark.skipif(not (SHIPPED / "config.json").is_file(), reason=f"no trained model in {SHIPPED}"),
-]
 
-
+@pytest.mark.cuda
+@pytest.mark.alone  # those see all GPUs
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.skipif(not (SHIPPED / "config.json").is_file(), reason=f"no trained model in {SHIPPED}")
 def test_every_gpu_gives_the_tokens_of_the_plain_path(tmp_path):
-    expertflow_quant.quantize_model(SHIPPED, tmp_path / "int4", method="rtn", device="cuda")
-    asked = [fast.asked(text) for text in fast.TEXTS[:2]]
-    plain = expertflow_quant.load(tmp_path / "int4", device="cuda", dtype=torch.float32, fast=False)
-    wanted, before = fast.tokens(plain, asked), torch.cuda.current_device()
-    options = FastOptions(rows=2, room=160, compile_layers=False, look_ahead="next-gate")
-    for name in ("cuda:0", "cuda:1", "cuda:0"):
-        engine = expertflow_quant.load(tmp_path / "int4", "40%", name, torch.float32, fast=True, options=options)
-        assert fast.tokens(engine, asked) == wanted
-        assert engine.runner.resident.device == torch.device(name)
-        assert torch.cuda.current_device() == before
+    expertflow_quant.quantize_model(SHIPPED, tmp_path / "int4", method="rtn")
+    devices = ["cuda:0", "cuda:1", "cuda:0"]
+    run = subprocess.run(
+        [sys.executable, "-c", CHECKED, str(tmp_path / "int4"), *devices],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    for device, engine in zip(devices, found["engines"], strict=True):
+        assert engine == {"tokens": found["wanted"], "where": device, "after": found["before"]}

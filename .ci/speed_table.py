@@ -75,7 +75,12 @@ def _decode(results: dict[str, Any], system: str, resident: str, what: str) -> l
     decode = _figure(results, system, resident)["decode"]
     by = max((name for name in ("link", "memory", "product")), key=lambda name: decode["bound_s"][name])
     rate, bound = decode["tokens_per_s"], decode["bound_tokens_per_s"][by]
-    return [what, f"{rate:.3g} tokens/s", f"{bound:.3g}, {by}", f"{100 * rate / bound:.0f} %"]
+    return [
+        what,
+        f"{rate:.3g} tokens/s",
+        f"{bound:.3g}, {by}" if bound < 1000 else f"{bound:,.0f}, {by}",
+        f"{100 * rate / bound:.0f} %",
+    ]
 
 
 def _prefill(results: dict[str, Any], system: str, resident: str) -> list[str]:

@@ -84,8 +84,9 @@ def foretold_bytes(options: FastOptions) -> int:
         return 0
     sizes, (tokens, prompts) = PathPredictor.load(options.look_ahead).model.sizes, longest_pass(options)
     scores = prompts * sizes.heads * options.room**2  # at once where nothing fuses the encoder's attention
-    states = tokens * (8 * sizes.width + sizes.inner)
-    return Foretold.nbytes(sizes, options.buckets[-1], options.room) + 4 * (states + scores)
+    states, rows = tokens * (8 * sizes.width + sizes.inner), options.buckets[-1]
+    steps = 3 * rows * sizes.heads * options.room  # scores of one attention, masked, and their softmax
+    return Foretold.nbytes(sizes, rows, options.room) + 4 * (states + scores + steps)
 
 
 def graph_bytes(config: Any, layers: Sequence[LayerRecords], buckets: Sequence[int], dtype: torch.dtype) -> int:

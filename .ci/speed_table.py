@@ -78,7 +78,7 @@ def _decode(results: dict[str, Any], system: str, resident: str, what: str) -> l
     return [
         what,
         f"{rate:.3g} tokens/s",
-        f"{bound:.3g}, {by}" if bound < 1000 else f"{bound:,.0f}, {by}",
+        f"{bound:.3g}, {by}" if bound < 999.5 else f"{bound:,.0f}, {by}",
         f"{100 * rate / bound:.0f} %",
     ]
 

@@ -41,13 +41,19 @@ def gpu_tests(
     sessions = (([ALONE], gpus[::-1]), ([TOGETHER, "-n", str(workers), "--dist", "load"], gpus[:-1] or gpus))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(1 if len(gpus) < 2 else 2) as pool:
         lines = [Path(folder) / f"outcomes-{index}.jsonl" for index in range(len(sessions))]
+        started: list[subprocess.Popen[bytes]] = []
 
         def run(session: tuple[list[str], list[str]], file: Path) -> int | None:
             arguments, seen = session
             left = limit - (time.monotonic() - begun)
-            return run_pytest(["-m", *arguments, *map(str, paths or [])], file, left, seen)
+            return run_pytest(["-m", *arguments, *map(str, paths or [])], file, left, seen, started)
 
-        statuses = list(pool.map(run, sessions, lines))
+        try:
+            statuses = list(pool.map(run, sessions, lines))
+        except BaseException:  # Ctrl-C among them: the pool waits for its threads, and those for what they started
+            for each in started:
+                _end(each)
+            raise
         found = {"seconds": round(time.monotonic() - begun), "gpus": len(gpus), "pytest": statuses, **tally(lines)}
     make_console().print(outcomes_table(found))
     if out is not None:
@@ -58,13 +64,20 @@ def gpu_tests(
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES calls the GPUs that torch finds."""
+    count = torch.cuda.device_count()  # CUDA stops at the first name that is no GPU's
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return [name for name in named.split(",") if name] or [str(index) for index in range(torch.cuda.device_count())]
+    return [name.strip() for name in named.split(",") if name.strip()][:count] or list(map(str, range(count)))
 
 
-def run_pytest(arguments: Sequence[str], lines: Path, limit: float, gpus: Sequence[str] = ()) -> int | None:
+def run_pytest(
+    arguments: Sequence[str],
+    lines: Path,
+    limit: float,
+    gpus: Sequence[str] = (),
+    started: list[subprocess.Popen[bytes]] | None = None,
+) -> int | None:
     """Run pytest in the checkout, outcomes added to ``lines``; its exit status. After ``limit`` seconds it and all it
-    started are ended: None. ``gpus``: those that it sees, all where none is named."""
+    started are ended: None. ``gpus``: those that it sees, all where none is named. ``started`` gets its process."""
     if limit <= 0:
         return None
     # one word: of a path by itself, once there is such a file, pytest takes the folder for the checkout's
@@ -73,22 +86,29 @@ def run_pytest(arguments: Sequence[str], lines: Path, limit: float, gpus: Sequen
     # a session of its own: what a hung test has started ends too
     seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={**os.environ, **seen})
+    if started is not None:
+        started.append(running)
     try:
         return running.wait(limit)
     except subprocess.TimeoutExpired:
         print(f"pytest was stopped after {limit:.0f} seconds", file=sys.stderr)
         return None
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
+        _end(running)
         running.wait()
 
 
-def tally(files: Iterable[Path]) -> dict[str, Any]:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a session and all in it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def tally(outcomes: Iterable[Path]) -> dict[str, Any]:
     """What came of each test: {"counts": {outcome: n}, "files": {file: {outcome: n}}, outcome but "passed":
     {test: why}}. A test that failed while it was set up or torn down has failed, and so has a file that cannot be
     read."""
-    texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+    texts = [file.read_text(encoding="utf-8") for file in outcomes if file.exists()]
     written = [json.loads(line) for text in texts for line in text.splitlines()]
     ended: dict[str, tuple[str, str]] = {}
     for line in written:

@@ -2,6 +2,9 @@
 by a limit, and where there is no GPU."""
 
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -91,21 +94,49 @@ def test_a_file_of_outcomes_that_is_there_does_not_move_the_checkout(tmp_path: P
 
 @pytest.mark.parametrize(
     ("named", "seen"),
-    [("", {ALONE: "1,0", command.TOGETHER: "0"}), ("3", dict.fromkeys([ALONE, command.TOGETHER], "3"))],
-    ids=["two GPUs", "one of them"],
+    [
+        ("", {ALONE: "1,0", command.TOGETHER: "0"}),
+        ("2, 3", {ALONE: "3,2", command.TOGETHER: "2"}),
+        ("3", dict.fromkeys([ALONE, command.TOGETHER], "3")),
+        ("3,-1", dict.fromkeys([ALONE, command.TOGETHER], "3")),
+    ],
+    ids=["two GPUs", "two by name", "one of them", "one and no GPU's name"],
 )
 def test_the_lonely_ones_have_a_gpu_to_themselves(
     named: str, seen: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: 1 if named.startswith("3") else 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     asked: dict[str, str] = {}
     monkeypatch.setattr(
-        command, "run_pytest", lambda arguments, lines, limit, gpus: asked.update({arguments[1]: ",".join(gpus)})
+        command, "run_pytest", lambda arguments, lines, limit, gpus, *rest: asked.update({arguments[1]: ",".join(gpus)})
     )
     assert CliRunner().invoke(app, ["gpu-tests"]).exit_code == 1
     assert asked == seen
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_ctrl_c_ends_what_was_started(gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    alive = tmp_path / "alive"
+    (tmp_path / "test_a.py").write_text(
+        f"import pathlib, pytest, time\n@pytest.mark.cuda\n@pytest.mark.alone\ndef test_slow():\n"
+        f"    pathlib.Path({str(alive)!r}).touch()\n    time.sleep(600)\n"
+    )
+
+    def interrupt() -> None:
+        while not alive.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    begun = time.monotonic()
+    arguments = ["gpu-tests", str(tmp_path / "test_a.py"), "--workers", "1", "--limit", "60"]
+    assert CliRunner().invoke(app, arguments).exit_code != 0
+    assert time.monotonic() - begun < 45
 
 
 def test_a_file_that_cannot_be_read_has_failed(tmp_path: Path) -> None:

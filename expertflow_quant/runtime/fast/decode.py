@@ -264,12 +264,15 @@ class DecodeGraphs:
             return
         with passes.on_device(self.device):
             pool = torch.cuda.graph_pool_handle()
+            # of this device, where one that is not named would be on the first that anything was captured on; one for
+            # all graphs, for a pool gives what was freed only to the stream that had it
+            side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             for bucket in reversed(self.buckets):
                 if self.streams(bucket):
                     with self.compiled(bucket):
                         self._run(bucket)
                 else:
-                    self._capture(bucket, pool)
+                    self._capture(bucket, pool, side)
                 if on_bucket is not None:
                     on_bucket(bucket)
         self.kv.lengths.zero_()
@@ -300,8 +303,7 @@ class DecodeGraphs:
         """``[bucket, vocabulary]`` of the last step of that bucket; overwritten by the next step of any."""
         return self._logits[bucket]
 
-    def _capture(self, bucket: int, pool: Any) -> None:
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+    def _capture(self, bucket: int, pool: Any, side: torch.cuda.Stream) -> None:
         with self.compiled(bucket):
             side.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(side):
@@ -310,7 +312,6 @@ class DecodeGraphs:
             torch.cuda.current_stream(self.device).wait_stream(side)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
-            # a stream that is not named is one for all devices, on the first that anything was captured on
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self._run(bucket)
         self._graphs[bucket] = graph

@@ -96,35 +96,39 @@ def one_by_one(engine: Engine, conversations: Sequence[Any], count: int = 10) ->
 
 
 class RandomExperts:
-    """What a store reads: every layer's experts in one format, ``DISTINCT`` different records over and over."""
+    """What a store reads: every layer's experts in ``formats`` in turn, ``DISTINCT`` different records of each."""
 
     DISTINCT = 24
 
-    def __init__(self, model: Any, format: str) -> None:
-        parsed = Format.parse(format)
+    def __init__(self, model: Any, formats: Sequence[str]) -> None:
+        parsed = [Format.parse(each) for each in formats]
         shapes = [(expert_shape(module), module.num_experts, name) for name, module in expert_modules(model)]
-        self.layers = [
-            resident.Layer([RecordLayout(shape, parsed, False)] * count, top_k(model, name), name, shape)
-            for shape, count, name in shapes
-        ]
+        self.layers = []
+        for shape, count, name in shapes:
+            layouts = [RecordLayout(shape, parsed[expert % len(parsed)], False) for expert in range(count)]
+            self.layers.append(resident.Layer(layouts, top_k(model, name), name, shape))
         generator = torch.Generator().manual_seed(3)
-        layout = self.layers[0].layouts[0]
-        self._records = [random_record(layout, generator) for _ in range(self.DISTINCT)]
-        for record in self._records:
+        self._records = [self._made(layout, generator) for layout in self.layers[0].layouts[: len(parsed)]]
+
+    def _made(self, layout: RecordLayout, generator: torch.Generator) -> list[torch.Tensor]:
+        records = [random_record(layout, generator) for _ in range(self.DISTINCT)]
+        for record in records:
             for name, field in layout.views(record).items():
-                if name.endswith(".scales"):
+                if name.endswith((".scales", ".weight")):
                     field.mul_(0.3)  # about as wide as trained weights of these sizes are
+        return records
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
-        return self._records[(7 * layer + expert) % self.DISTINCT]
+        turn, which = divmod(expert, len(self._records))
+        return self._records[which][(7 * layer + turn) % self.DISTINCT]
 
 
-def random_moe(config: Any, format: str, device: str, dtype: torch.dtype) -> Any:
+def random_moe(config: Any, formats: Sequence[str], device: str, dtype: torch.dtype) -> Any:
     """A random Qwen3-MoE that has its experts in a store only."""
     with torch.device(device):
         torch.manual_seed(0)
         model = transformers.Qwen3MoeForCausalLM._from_config(config, dtype=dtype).eval()
-    model.expert_store = ExpertStore(RandomExperts(model, format), pin=device != "cpu")
+    model.expert_store = ExpertStore(RandomExperts(model, formats), pin=device != "cpu")
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(50)
         for layer, (_, module) in enumerate(expert_modules(model)):

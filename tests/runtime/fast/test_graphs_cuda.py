@@ -14,6 +14,7 @@ from expertflow_quant.checkpoint.plan import Plan
 from expertflow_quant.formats import Format
 from expertflow_quant.runtime.answers import Sampling
 from expertflow_quant.runtime.fast.build import FastOptions, build_fast
+from expertflow_quant.runtime.fast.decode import BUCKETS
 from expertflow_quant.runtime.fast.lookahead import LookAhead
 from expertflow_quant.runtime.prompts import Prompts
 from expertflow_quant.runtime.quantizer import attach_cache
@@ -65,14 +66,19 @@ def wanted(shipped, items):
     found = {}
     for name in ("int4", "mixed"):
         engine = expertflow_quant.load(shipped / name, device=DEVICE, dtype=torch.float32, fast=False)
-        parts = [items[first : first + 8] for first in range(0, len(items), 8)]
-        found[name] = [row for part in parts for row in fast.tokens(engine, part, NEW_TOKENS)]
+        found[name] = in_parts(engine, items, 8)
     return found
 
 
 def fast_engine(folder, memory, rows=8, **options):
     sizes = FastOptions(rows=rows, room=ROOM, **options)
     return expertflow_quant.load(folder, memory, DEVICE, torch.float32, fast=True, options=sizes)
+
+
+def in_parts(engine, items, rows):
+    """The tokens of all items, ``rows`` at a time."""
+    parts = [items[first : first + rows] for first in range(0, len(items), rows)]
+    return [row for part in parts for row in fast.tokens(engine, part, NEW_TOKENS)]
 
 
 def differing(got, want):
@@ -88,11 +94,18 @@ def test_tokens_are_those_of_the_plain_path(name, memory, shipped, items, wanted
     graphs = engine.runner.graphs
     assert not graphs.streams(1)
     assert graphs.streams(8) == (memory not in ("100%", "90%"))  # eight rows want more than a few slots hold
-    for rows in (8, 4, 1):
-        parts = [items[first : first + rows] for first in range(0, len(items), rows)]
-        got = [row for part in parts for row in fast.tokens(engine, part, NEW_TOKENS)]
-        assert differing(got, wanted[name]) == [], f"{rows} rows"
+    for rows in (8, 4, 2, 1):
+        assert differing(in_parts(engine, items, rows), wanted[name]) == [], f"{rows} rows"
     assert (engine.stats.misses == 0) == (memory == "100%")
+
+
+@pytest.mark.parametrize("memory", ["100%", "25%"])
+@pytest.mark.parametrize("name", ["int4", "mixed"])
+def test_tokens_of_the_largest_batches_are_those_of_the_plain_path(name, memory, shipped, items, wanted):
+    engine = fast_engine(shipped / name, memory, rows=32, captured=(16, 32))
+    for rows in (32, 16):
+        assert engine.runner.graphs.streams(rows) == (memory == "25%")
+        assert differing(in_parts(engine, items, rows), wanted[name]) == [], f"{rows} rows"
 
 
 def test_uncompiled_layers_and_padding_rows(shipped, items, wanted):
@@ -114,9 +127,7 @@ def test_a_trained_predictor_looks_ahead_in_captured_steps(memory, shipped, item
     predictor = SHIPPED.parents[1] / "predictor" / "shipped" / "ids"
     engine = fast_engine(shipped / "int4", memory, rows=4, look_ahead=str(predictor))
     for rows in (4, 1):
-        parts = [items[first : first + rows] for first in range(0, 16, rows)]
-        got = [row for part in parts for row in fast.tokens(engine, part, NEW_TOKENS)]
-        assert differing(got, wanted["int4"][:16]) == [], f"{rows} rows"
+        assert differing(in_parts(engine, items[:16], rows), wanted["int4"][:16]) == [], f"{rows} rows"
     assert engine.runner.resident.prefetched_bytes > 0
 
 
@@ -253,7 +264,7 @@ REAL = {
     "norm_topk_prob": True,
     "max_position_embeddings": 1024,
 }
-FORMAT = "int4-g128"
+FORMATS = {"int4": ("int4-g128",), "mixed": ("int4-g128", "int8-g128", "int2-g128", "bf16")}
 CLEAR_TOKEN = 0.1
 """Deviations of a row's logits by which its first token must lead to survive rounding to bf16."""
 
@@ -350,16 +361,21 @@ def relative(got, want):
     return (got.float() - want.float()).norm(dim=-1) / want.float().norm(dim=-1)
 
 
+@pytest.fixture(scope="module", params=FORMATS)
+def formats(request):
+    return FORMATS[request.param]
+
+
 @pytest.fixture(scope="module")
-def real():
+def real(formats):
     config = transformers.Qwen3MoeConfig(**REAL)
-    return random_moe(config, FORMAT, DEVICE, torch.bfloat16)
+    return random_moe(config, formats, DEVICE, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def exact(real):
+def exact(real, formats):
     """The same weights on the plain path in float32."""
-    model = random_moe(real.config, FORMAT, DEVICE, torch.float32)
+    model = random_moe(real.config, formats, DEVICE, torch.float32)
     model.load_state_dict(real.state_dict())
     attach_cache(model, model.expert_store.nbytes)
     model.set_attn_implementation("sdpa")
@@ -369,15 +385,16 @@ def exact(real):
 @pytest.mark.parametrize("memory", ["100%", "80%", "25%", "smallest"])
 def test_logits_at_real_widths(memory, real, exact):
     store = real.expert_store
-    assert store.nbytes == 2 * 128 * store.layers[0].nbytes[0]
     parts = {"100%": store.nbytes, "80%": store.nbytes * 4 // 5, "25%": store.nbytes // 4}
-    budget = parts.get(memory, 2 * store.layers[0].nbytes[0])
-    told = ToldRoutes(8, 128)
-    runner = build_fast(real, None, frozenset(), budget, FastOptions(rows=8, room=128), routes=told.fast)
-    assert runner.graphs.streams(8) == (memory not in ("100%", "80%"))
-    assert runner.graphs.streams(4) == (memory == "smallest")
+    budget = parts.get(memory, 2 * max(store.layers[0].nbytes))
+    told = ToldRoutes(BUCKETS[-1], 128)
+    runner = build_fast(real, None, frozenset(), budget, FastOptions(rows=BUCKETS[-1], room=128), routes=told.fast)
+    if len(set(store.layers[0].nbytes)) == 1:
+        streamed = {"100%": (), "80%": (), "25%": (8, 16, 32), "smallest": BUCKETS[1:]}[memory]
+        assert tuple(filter(runner.graphs.streams, BUCKETS)) == streamed
     cases = []
-    for bucket, lengths in ((1, [37]), (4, [50, 9, 23]), (8, [64, 3, 17, 40, 41, 8, 29, 60])):
+    for bucket in BUCKETS:
+        lengths = [3 + 37 * (row + 1) % 62 for row in range(max(1, bucket - bucket // 4))]  # some rows stay empty
         prompts = random_prompts(lengths, REAL["vocab_size"])
         following = torch.randint(1, REAL["vocab_size"], (len(lengths), 6), device=DEVICE)
         cases.append((prompts, following, decode_told(runner, told, prompts, following, bucket)))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.few_products import MIXED, SHAPE, SILU, error, routed, run, twin
 from helpers.records import Layer, silu_gate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,81 +11,7 @@ from torch.nn import functional
 
 from expertflow_quant.formats import ExpertFlowError, ExpertShape
 from expertflow_quant.kernels.few import Tile, few_product
-from expertflow_quant.kernels.few_reference import few_product_reference
 from expertflow_quant.kernels.gate import Gate
-
-FORMATS = ["bf16"] + [
-    f"int{bits}-{group}{suffix}"
-    for bits in (2, 3, 4, 8)
-    for group, suffix in (("g8", ""), ("g16", "-asym"), ("g32", ""), ("channel", ""), ("channel", "-asym"))
-]
-FORMATS += ["nf4-g8", "nf4-g32", "nf4-channel"]
-MIXED = ["int4-g16", "int2-channel-asym", "int3-g8", "bf16", "int8-g16-asym", "int4-channel", "nf4-g16"]
-SILU = Gate(silu_gate, "silu")
-SHAPE = ExpertShape(64, 32)
-
-
-def routed(layer: Layer, tokens: int, top_k: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, ids (about one in E + 1 a sentinel) and weights."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, layer.layouts[0].shape.hidden, generator=generator)
-    ids = torch.randint(0, len(layer.layouts) + 1, (tokens, top_k), generator=generator)
-    return hidden, ids, torch.rand(tokens, top_k, generator=generator)
-
-
-def run(layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor, gate: Gate = SILU, **options: Tile) -> Tensor:
-    """few_product into memory full of NaN, on the layer's device; back on the CPU."""
-    inputs = [part.to(layer.device) for part in (hidden, ids, weights)]
-    out = torch.full_like(inputs[0], torch.nan)
-    assert few_product(*inputs, *layer.arguments(), gate, out=out, **options) is out
-    return out.cpu()
-
-
-def twin(layer: Layer, hidden: Tensor, ids: Tensor, weights: Tensor, gate: Gate = SILU) -> Tensor:
-    here = Layer(layer.layouts, tuple(record.cpu() for record in layer.records), "cpu")
-    return few_product_reference(hidden, ids, weights, *here.arguments(), gate)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_equals_the_twin(name: str, device: str) -> None:
-    layer = Layer.random(SHAPE, [name] * 3, device)
-    inputs = routed(layer, tokens=2, top_k=2)
-    assert error(run(layer, *inputs), twin(layer, *inputs)) < 2e-6
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("input_scale", [False, True])
-def test_formats_are_mixed_in_one_launch(input_scale: bool, bias: bool, device: str) -> None:
-    layer = Layer.random(ExpertShape(64, 48, has_bias=bias), MIXED, device, input_scale)
-    inputs = routed(layer, tokens=5, top_k=3)
-    assert error(run(layer, *inputs), twin(layer, *inputs)) < 2e-6
-
-
-@pytest.mark.parametrize(
-    "formats",
-    [
-        ["int4-g16"] * 3,
-        ["int4-g16", "int4-g8", "int4-channel-asym"],
-        ["nf4-g16"] * 3,
-        ["nf4-g16", "nf4-channel", "nf4-g8"],
-    ],
-)
-def test_one_width_with_input_scales_and_biases(formats: list[str], device: str) -> None:
-    layer = Layer.random(ExpertShape(64, 48, has_bias=True), formats, device, input_scale=True)
-    inputs = routed(layer, tokens=4, top_k=2)
-    assert error(run(layer, *inputs), twin(layer, *inputs)) < 2e-6
-
-
-def test_layers_where_only_some_records_have_an_input_scale(device: str) -> None:
-    plain = Layer.random(SHAPE, ["int4-g16", "int4-g8-asym"], device)
-    scaled = Layer.random(SHAPE, ["int4-g16", "int4-g8-asym"], device, input_scale=True)
-    layer = Layer(plain.layouts + scaled.layouts, plain.records + scaled.records, device)
-    inputs = routed(layer, tokens=3, top_k=3)
-    assert error(run(layer, *inputs), twin(layer, *inputs)) < 2e-6
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])

@@ -186,100 +186,6 @@ def _victims(
     return tl.sort((group.to(tl.int64) << POOL_BIT) | order | slot)
 
 
-@triton.jit
-def _assign(
-    asked,
-    missing,
-    worth,
-    now,
-    address,
-    host_address,
-    slot_of,
-    pool_of_expert,
-    nbytes,
-    owner,
-    stamp,
-    pool_of_slot,
-    slot_address,
-    pool_start,
-    todo_src,
-    todo_dst,
-    todo_nbytes,
-    todo_count,
-    counters,
-    gain,
-    experts,
-    slots,
-    pools,
-    COUNT: tl.constexpr,
-    KEEP_CURRENT: tl.constexpr,
-    RANKED: tl.constexpr,
-    REFUSES: tl.constexpr,
-    POOL_BIT: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """Slots for what is ``missing``, and all that follows from it."""
-    slot = tl.arange(0, SLOTS)
-    expert = tl.arange(0, EXPERTS)
-    wanted = asked
-    if RANKED:
-        expert = _by_worth(missing, worth, expert)
-        wanted = tl.gather(asked, expert, 0)
-    real = expert < experts
-    old_slot = tl.load(slot_of + expert, mask=real, other=-1)
-    host = tl.load(host_address + expert, mask=real, other=0)
-    size = tl.load(nbytes + expert, mask=real, other=0)
-    pool = tl.load(pool_of_expert + expert, mask=real, other=-1)
-    owners = tl.load(owner + slot, mask=slot < slots, other=-1)
-    stamps = tl.load(stamp + slot, mask=slot < slots, other=-1)
-    pool_at = tl.load(pool_of_slot + slot, mask=slot < slots, other=0)
-
-    hit = (wanted > 0) & (old_slot >= 0)
-    miss = (wanted > 0) & (old_slot < 0)
-    ranked = _victims(asked, owners, stamps, pool_at, worth, slots, now, KEEP_CURRENT, RANKED, POOL_BIT, SLOTS)
-
-    place = tl.zeros([EXPERTS], dtype=tl.int32)
-    each = 0
-    while each < pools:
-        rank = tl.cumsum((miss & (pool == each)).to(tl.int32), 0) - 1
-        place = tl.where(pool == each, tl.load(pool_start + each) + rank, place)
-        each += 1
-    inside = miss & (place < SLOTS)
-    victim = tl.gather(ranked, tl.where(inside, place, 0), 0)
-    moved = inside & ((victim >> POOL_BIT) == pool * 2)
-    if REFUSES:
-        free = ((victim >> RECENCY_BIT) & RECENCY_MASK) == 0
-        cost = ((victim >> WORTH_BIT) & WORTH_MASK).to(tl.int32).to(tl.float32, bitcast=True)
-        moved = moved & (free | (tl.gather(worth, expert, 0) + gain > cost))
-    new_slot = tl.where(moved, (victim & SLOT_MASK).to(tl.int32), old_slot)
-    evicted = tl.gather(owners, tl.where(moved, new_slot, 0), 0)
-    gone = moved & (evicted >= 0)
-    there = tl.load(slot_address + new_slot, mask=moved, other=0)
-    evicted_host = tl.load(host_address + evicted, mask=gone, other=0)
-
-    # Threads that hold the same elements twice must have read the tables before any thread writes them.
-    tl.debug_barrier()
-    tl.store(stamp + new_slot, tl.zeros_like(new_slot) + now, mask=hit | moved)
-    tl.store(owner + new_slot, expert, mask=moved)
-    tl.store(slot_of + expert, new_slot, mask=moved)
-    tl.store(address + expert, there, mask=moved)
-    tl.store(slot_of + evicted, tl.full([EXPERTS], -1, tl.int32), mask=gone)
-    tl.store(address + evicted, evicted_host, mask=gone)
-
-    entry = tl.cumsum(moved.to(tl.int32), 0) - 1
-    tl.store(todo_src + entry, host, mask=moved)
-    tl.store(todo_dst + entry, there, mask=moved)
-    tl.store(todo_nbytes + entry, size, mask=moved)
-    tl.store(todo_count, tl.sum(moved.to(tl.int32)))
-    if COUNT:
-        tl.atomic_add(counters, tl.sum(hit.to(tl.int64)), sem="relaxed")
-        tl.atomic_add(counters + 1, tl.sum(miss.to(tl.int64)), sem="relaxed")
-        tl.atomic_add(counters + 2, tl.sum(tl.where(miss, size, 0).to(tl.int64)), sem="relaxed")
-    if KEEP_CURRENT:
-        tl.atomic_add(counters + 3, tl.sum(tl.where(moved, size, 0).to(tl.int64)), sem="relaxed")
-
-
 @triton.jit(
     do_not_specialize=["ages", "pairs", "experts", "slots", "pools"],
     do_not_specialize_on_alignment=["ids", "todo_count"],
@@ -331,7 +237,8 @@ def _resolve(
         worth = _worth(rate, used_at, decay, ages, now, number, number < experts)
         if not KEEP_CURRENT:
             worth = tl.where(asked > 0, worth + use, worth)
-            tl.debug_barrier()  # as in _assign
+            # Threads that hold the same elements twice must have read the tables before any thread writes them.
+            tl.debug_barrier()
             tl.store(rate + number, worth, mask=asked > 0)
             tl.store(used_at + number, tl.zeros_like(number) + now, mask=asked > 0)
     if tl.max(missing.to(tl.int32)) == 0:
@@ -340,35 +247,60 @@ def _resolve(
         if COUNT:
             tl.atomic_add(counters, tl.sum(asked.to(tl.int64)), sem="relaxed")
     else:
-        _assign(
-            asked,
-            missing,
-            worth,
-            now,
-            address,
-            host_address,
-            slot_of,
-            pool_of_expert,
-            nbytes,
-            owner,
-            stamp,
-            pool_of_slot,
-            slot_address,
-            pool_start,
-            todo_src,
-            todo_dst,
-            todo_nbytes,
-            todo_count,
-            counters,
-            gain,
-            experts,
-            slots,
-            pools,
-            COUNT,
-            KEEP_CURRENT,
-            RANKED,
-            REFUSES,
-            POOL_BIT,
-            EXPERTS,
-            SLOTS,
-        )
+        slot = tl.arange(0, SLOTS)
+        expert = number
+        wanted = asked
+        if RANKED:
+            expert = _by_worth(missing, worth, expert)
+            wanted = tl.gather(asked, expert, 0)
+        real = expert < experts
+        old_slot = tl.load(slot_of + expert, mask=real, other=-1)
+        host = tl.load(host_address + expert, mask=real, other=0)
+        size = tl.load(nbytes + expert, mask=real, other=0)
+        pool = tl.load(pool_of_expert + expert, mask=real, other=-1)
+        owners = tl.load(owner + slot, mask=slot < slots, other=-1)
+        stamps = tl.load(stamp + slot, mask=slot < slots, other=-1)
+        pool_at = tl.load(pool_of_slot + slot, mask=slot < slots, other=0)
+
+        hit = (wanted > 0) & (old_slot >= 0)
+        miss = (wanted > 0) & (old_slot < 0)
+        ranked = _victims(asked, owners, stamps, pool_at, worth, slots, now, KEEP_CURRENT, RANKED, POOL_BIT, SLOTS)
+
+        place = tl.zeros([EXPERTS], dtype=tl.int32)
+        each = 0
+        while each < pools:
+            rank = tl.cumsum((miss & (pool == each)).to(tl.int32), 0) - 1
+            place = tl.where(pool == each, tl.load(pool_start + each) + rank, place)
+            each += 1
+        inside = miss & (place < SLOTS)
+        victim = tl.gather(ranked, tl.where(inside, place, 0), 0)
+        moved = inside & ((victim >> POOL_BIT) == pool * 2)
+        if REFUSES:
+            free = ((victim >> RECENCY_BIT) & RECENCY_MASK) == 0
+            cost = ((victim >> WORTH_BIT) & WORTH_MASK).to(tl.int32).to(tl.float32, bitcast=True)
+            moved = moved & (free | (tl.gather(worth, expert, 0) + gain > cost))
+        new_slot = tl.where(moved, (victim & SLOT_MASK).to(tl.int32), old_slot)
+        evicted = tl.gather(owners, tl.where(moved, new_slot, 0), 0)
+        gone = moved & (evicted >= 0)
+        there = tl.load(slot_address + new_slot, mask=moved, other=0)
+        evicted_host = tl.load(host_address + evicted, mask=gone, other=0)
+
+        tl.debug_barrier()  # as above
+        tl.store(stamp + new_slot, tl.zeros_like(new_slot) + now, mask=hit | moved)
+        tl.store(owner + new_slot, expert, mask=moved)
+        tl.store(slot_of + expert, new_slot, mask=moved)
+        tl.store(address + expert, there, mask=moved)
+        tl.store(slot_of + evicted, tl.full([EXPERTS], -1, tl.int32), mask=gone)
+        tl.store(address + evicted, evicted_host, mask=gone)
+
+        entry = tl.cumsum(moved.to(tl.int32), 0) - 1
+        tl.store(todo_src + entry, host, mask=moved)
+        tl.store(todo_dst + entry, there, mask=moved)
+        tl.store(todo_nbytes + entry, size, mask=moved)
+        tl.store(todo_count, tl.sum(moved.to(tl.int32)))
+        if COUNT:
+            tl.atomic_add(counters, tl.sum(hit.to(tl.int64)), sem="relaxed")
+            tl.atomic_add(counters + 1, tl.sum(miss.to(tl.int64)), sem="relaxed")
+            tl.atomic_add(counters + 2, tl.sum(tl.where(miss, size, 0).to(tl.int64)), sem="relaxed")
+        if KEEP_CURRENT:
+            tl.atomic_add(counters + 3, tl.sum(tl.where(moved, size, 0).to(tl.int64)), sem="relaxed")

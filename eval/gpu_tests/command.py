@@ -7,9 +7,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -37,24 +36,20 @@ def gpu_tests(
     if not torch.cuda.is_available():
         raise typer.BadParameter(f"torch {torch.__version__} finds no NVIDIA GPU: run this where there is one")
     begun = time.monotonic()
-    gpus = visible_gpus()
-    sessions = (([ALONE], gpus[::-1]), ([TOGETHER, "-n", str(workers), "--dist", "load"], gpus[:-1] or gpus))
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(1 if len(gpus) < 2 else 2) as pool:
-        lines = [Path(folder) / f"outcomes-{index}.jsonl" for index in range(len(sessions))]
-        started: list[subprocess.Popen[bytes]] = []
-
-        def run(session: tuple[list[str], list[str]], file: Path) -> int | None:
-            arguments, seen = session
-            left = limit - (time.monotonic() - begun)
-            return run_pytest(["-m", *arguments, *map(str, paths or [])], file, left, seen, started)
-
-        try:
-            statuses = list(pool.map(run, sessions, lines))
-        except BaseException:  # Ctrl-C among them: the pool waits for its threads, and those for what they started
-            for each in started:
-                _end(each)
-            raise
-        found = {"seconds": round(time.monotonic() - begun), "gpus": len(gpus), "pytest": statuses, **tally(lines)}
+    gpus, named = visible_gpus(), list(map(str, paths or []))
+    alone = ["-m", ALONE, *named], gpus[::-1]
+    together = ["-m", TOGETHER, "-n", str(workers), "--dist", "load", *named], gpus[:-1] or gpus
+    statuses: list[int | None] = []
+    with TemporaryDirectory() as folder:
+        for beside in [[alone, together]] if len(gpus) > 1 else [[alone], [together]]:
+            with ExitStack() as running:
+                started = [
+                    running.enter_context(pytest_session(words, Path(folder) / f"{words[1]}.jsonl", seen))
+                    for words, seen in beside
+                ]
+                statuses += [status(each, limit - (time.monotonic() - begun)) for each in started]
+        told = tally(sorted(Path(folder).iterdir()))
+    found = {"seconds": round(time.monotonic() - begun), "gpus": len(gpus), "pytest": statuses, **told}
     make_console().print(outcomes_table(found))
     if out is not None:
         write_json(out, {"made": provenance("eval", sys.argv[1:], "cuda"), **found})
@@ -69,46 +64,40 @@ def visible_gpus() -> list[str]:
     return [name.strip() for name in named.split(",") if name.strip()][:count] or list(map(str, range(count)))
 
 
-def run_pytest(
-    arguments: Sequence[str],
-    lines: Path,
-    limit: float,
-    gpus: Sequence[str] = (),
-    started: list[subprocess.Popen[bytes]] | None = None,
-) -> int | None:
-    """Run pytest in the checkout, outcomes added to ``lines``; its exit status. After ``limit`` seconds it and all it
-    started are ended: None. ``gpus``: those that it sees, all where none is named. ``started`` gets its process."""
-    if limit <= 0:
-        return None
+@contextmanager
+def pytest_session(
+    arguments: Sequence[str], lines: Path, gpus: Sequence[str] = ()
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """pytest in the checkout, outcomes added to ``lines``; it and all it started are ended with the block. ``gpus``:
+    those that it sees, all where none is named."""
     # one word: of a path by itself, once there is such a file, pytest takes the folder for the checkout's
     told = f"--outcomes={lines}"
     command = [sys.executable, "-m", "pytest", "-p", "eval.gpu_tests.outcomes", told, *arguments]
     # a session of its own: what a hung test has started ends too
     seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     running = subprocess.Popen(command, cwd=ROOT, start_new_session=True, env={**os.environ, **seen})
-    if started is not None:
-        started.append(running)
     try:
-        return running.wait(limit)
-    except subprocess.TimeoutExpired:
-        print(f"pytest was stopped after {limit:.0f} seconds", file=sys.stderr)
-        return None
+        yield running
     finally:
-        _end(running)
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
         running.wait()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a session and all in it."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def status(running: "subprocess.Popen[bytes]", limit: float) -> int | None:
+    """The exit status, None where it has not ended within ``limit`` seconds."""
+    try:
+        return running.wait(max(0, limit))
+    except subprocess.TimeoutExpired:
+        print("pytest is stopped: its time is up", file=sys.stderr)
+        return None
 
 
 def tally(outcomes: Iterable[Path]) -> dict[str, Any]:
     """What came of each test: {"counts": {outcome: n}, "files": {file: {outcome: n}}, outcome but "passed":
     {test: why}}. A test that failed while it was set up or torn down has failed, and so has a file that cannot be
     read."""
-    texts = [file.read_text(encoding="utf-8") for file in outcomes if file.exists()]
+    texts = [file.read_text(encoding="utf-8") for file in outcomes]
     written = [json.loads(line) for text in texts for line in text.splitlines()]
     ended: dict[str, tuple[str, str]] = {}
     for line in written:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from eval.__main__ import app
 from eval.gpu_tests import command
-from eval.gpu_tests.command import ALONE, run_pytest, tally
+from eval.gpu_tests.command import ALONE, pytest_session, status, tally
 
 TESTS = """
 import time
@@ -32,6 +33,11 @@ def torn():
 def test_torn(torn): pass
 def test_last(): time.sleep(SLEEP)
 """
+
+
+def run_pytest(arguments: list[str], lines: Path, limit: float) -> int | None:
+    with pytest_session(arguments, lines) as running:
+        return status(running, limit)
 
 
 def written(folder: Path, name: str, alone: bool = False, sleep: float = 0) -> Path:
@@ -72,8 +78,8 @@ def test_the_command_runs_the_lonely_ones_alone_and_writes_a_figure(
 ) -> None:
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(command, "provenance", lambda module, arguments, device: {"device": device})
-    paths, asked, run = [written(tmp_path, "a", alone=True), written(tmp_path, "b")], [], command.run_pytest
-    monkeypatch.setattr(command, "run_pytest", lambda *given: (asked.append(given[0][:3]), run(*given))[1])
+    paths, asked, run = [written(tmp_path, "a", alone=True), written(tmp_path, "b")], [], command.pytest_session
+    monkeypatch.setattr(command, "pytest_session", lambda *given: (asked.append(given[0][:3]), run(*given))[1])
     out = tmp_path / "out.json"
     result = CliRunner().invoke(app, ["gpu-tests", *map(str, paths), "--workers", "1", "--out", str(out)])
     assert result.exit_code == 1
@@ -110,8 +116,11 @@ def test_the_lonely_ones_have_a_gpu_to_themselves(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     asked: dict[str, str] = {}
     monkeypatch.setattr(
-        command, "run_pytest", lambda arguments, lines, limit, gpus, *rest: asked.update({arguments[1]: ",".join(gpus)})
+        command,
+        "pytest_session",
+        lambda arguments, lines, gpus: nullcontext(asked.update({arguments[1]: ",".join(gpus)})),
     )
+    monkeypatch.setattr(command, "status", lambda running, limit: 0)
     assert CliRunner().invoke(app, ["gpu-tests"]).exit_code == 1
     assert asked == seen
 

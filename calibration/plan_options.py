@@ -51,8 +51,10 @@ def plan_jointly(
         options.link_gb_per_second * 1e9,
         options.time_limit,
     )
-    sizes = (len(shapes), costs.damage.shape[1], top_k)
-    planned_on, judged_on = (_steps(paths, sizes, options.rows) for paths in (options.traces, options.held_out))
+    experts = [costs.damage.shape[1]] * len(shapes)
+    planned_on, judged_on = (
+        _steps(paths, experts, top_k, options.rows) for paths in (options.traces, options.held_out)
+    )
     decision = decide_jointly(costs, planned_on, top_k, weighing)
     figures = compare(errors, costs, decision, planned_on, judged_on or planned_on, top_k, weighing)
     console.print(decision_table(costs, decision))
@@ -86,16 +88,5 @@ def _reference(formats: Sequence[Format], bits: float) -> Format:
     return found[0]
 
 
-def _steps(paths: Sequence[Path], sizes: tuple[int, int, int], rows: int) -> list[Step]:
-    return [step for path in paths for step in batched_requests(_trace_of(path, sizes), rows)]
-
-
-def _trace_of(path: Path, sizes: tuple[int, int, int]) -> RoutingTrace:
-    """The trace in ``path``, if it is of a model with these (layers, experts, experts of a token)."""
-    trace = RoutingTrace.load(path)
-    if (found := (trace.layers, trace.num_experts, trace.top_k)) != sizes:
-        raise ExpertFlowError(
-            f"{path} was recorded with {found[0]} layers of {found[1]} experts, {found[2]} for a token, this model has "
-            f"{sizes[0]} of {sizes[1]}, {sizes[2]}: record it with this model (`python -m calibration trace`)"
-        )
-    return trace
+def _steps(paths: Sequence[Path], experts: Sequence[int], top_k: int, rows: int) -> list[Step]:
+    return [step for path in paths for step in batched_requests(RoutingTrace.load_of(path, experts, top_k), rows)]

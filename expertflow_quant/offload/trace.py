@@ -173,6 +173,19 @@ class RoutingTrace:
         except ExpertFlowError as error:
             raise ExpertFlowError(f"{path}: {error}") from error
 
+    @classmethod
+    def load_of(cls, path: Path | str, experts: Sequence[int], top_k: int | None = None) -> "RoutingTrace":
+        """The trace in a file, if it is of a model with these ``experts`` in each layer and, where it is given,
+        ``top_k`` of them for a token. Raises ExpertFlowError otherwise, and as ``load``."""
+        trace = cls.load(path)
+        if [trace.num_experts] * trace.layers != list(experts) or top_k not in (None, trace.top_k):
+            found, own = ("" if top_k is None else f", {count} for a token" for count in (trace.top_k, top_k))
+            raise ExpertFlowError(
+                f"{path} was recorded with {trace.layers} layers of {trace.num_experts} experts{found}, this model has "
+                f"{list(experts)}{own}: record it with this model (`python -m calibration trace`)"
+            )
+        return trace
+
     def _picked(self, places: Tensor, item: Tensor, tasks: tuple[str, ...]) -> "RoutingTrace":
         return replace(
             self,

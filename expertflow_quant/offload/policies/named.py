@@ -44,13 +44,7 @@ class Usage:
     def load(cls, path: Path | str, experts: Sequence[int]) -> "Usage":
         """From a trace file. Raises ExpertFlowError unless it is of a model with these ``experts`` in each layer, and
         of enough steps to learn from."""
-        trace = RoutingTrace.load(path)
-        if [trace.num_experts] * trace.layers != list(experts):
-            raise ExpertFlowError(
-                f"{path} was recorded with {trace.layers} layers of {trace.num_experts} experts, this model has "
-                f"{list(experts)}: record it with this model (`python -m calibration trace`)"
-            )
-        steps = list(requests(trace, "all"))
+        steps = list(requests(RoutingTrace.load_of(path, experts), "all"))
         if len(steps) < 2:
             raise ExpertFlowError(f"{path} has {len(steps)} steps, too few to learn use from: record more items")
         return cls(steps, experts)

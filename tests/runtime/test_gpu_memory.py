@@ -1,15 +1,13 @@
 """A promised device memory: what is planned, what is refused, what is checked once the model is built."""
 
-import json
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny
+from helpers.apart import told_by
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -331,12 +329,7 @@ print(json.dumps({
 @pytest.mark.parametrize(("rows", "context"), [(1, 2048), (4, 1024)])
 def test_on_a_gpu_the_promise_is_kept(rows, context, tmp_path):
     expertflow_quant.quantize_model(SHIPPED, tmp_path / "out", method="rtn", plan="int4-g32")
-    run = subprocess.run(
-        [sys.executable, "-c", CHECKED, str(tmp_path / "out"), str(rows), str(context)],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = told_by(CHECKED, tmp_path / "out", rows, context)
     print(found)
     assert max(found["built"], found["peak"]) <= found["reservable"] < found["total"]
     assert found["peak"] + found["driver"] <= found["total"]

@@ -1,16 +1,11 @@
 """Captured steps on another GPU than the first, in a process that has captured on the first too."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.apart import ROOT, told_by
 
 import expertflow_quant
 
-ROOT = Path(__file__).parents[3]
 SHIPPED = ROOT / "calibration" / "shipped" / "moe"
 
 CHECKED = """
@@ -42,11 +37,6 @@ print(json.dumps(found))
 def test_every_gpu_gives_the_tokens_of_the_plain_path(tmp_path):
     expertflow_quant.quantize_model(SHIPPED, tmp_path / "int4", method="rtn")
     devices = ["cuda:0", "cuda:1", "cuda:0"]
-    run = subprocess.run(
-        [sys.executable, "-c", CHECKED, str(tmp_path / "int4"), *devices],
-        cwd=ROOT, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = told_by(CHECKED, tmp_path / "int4", *devices)
     for device, engine in zip(devices, found["engines"], strict=True):
         assert engine == {"tokens": found["wanted"], "where": device, "after": found["before"]}

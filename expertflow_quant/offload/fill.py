@@ -21,9 +21,9 @@ class Todo(Protocol):
     def todo_count(self) -> Tensor: ...
 
 
-def fill(todo: Todo, ahead: bool = False) -> None:
-    """Copy every record on the list to where it goes. ``ahead``: before it is needed, so that whatever else reads host
-    memory meanwhile has the larger part of the link.
+def fill(todo: Todo, ahead: int = 0) -> None:
+    """Copy every record on the list to where it goes. ``ahead``: before it is needed, as one of so many fills at once;
+    together they leave the larger part of the link to whatever else reads host memory meanwhile.
 
     On a GPU one launch of few programs, which read pinned host memory through the link and leave the other
     processors to the products.

@@ -115,7 +115,7 @@ class ResidentExperts:
         elif count and not keep_current:
             resolve.count_hits(rows, ids)
 
-    def fill(self, layer: int, ahead: bool = False) -> None:
+    def fill(self, layer: int, ahead: int = 0) -> None:
         """Copy the records that the last ``resolve`` of ``layer`` gave slots to; ``ahead``: see ``fill.fill``."""
         if not self._whole[layer]:
             fill.fill(self._layers[layer], ahead)
@@ -126,7 +126,7 @@ class ResidentExperts:
         For a stream beside the computation. Counts no requests; an expert that is used later is a hit.
         """
         self.choose(layer, ids)
-        self.fill(layer, ahead=True)
+        self.fill(layer, ahead=1)
 
     def choose(self, layer: int, ids: Tensor) -> None:
         """The first half of ``prefetch``: slots for ``ids``, for ``fill`` to follow on whatever stream waits for it."""

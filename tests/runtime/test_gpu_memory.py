@@ -312,7 +312,7 @@ def measured(run, device):
 
 memory_device.measure_peak = measured
 engine = expertflow_quant.load(folder, gpu_memory=least + 2**19, **options)
-items = make_items("chart", "test", 8, seed=3)
+items = make_items("chart", "test", max(8, rows), seed=3)
 answers = engine.generate([item.messages for item in items], 16, temperature=1.0, top_p=0.9, seed=1)
 plan = engine.memory_plan
 print(json.dumps({
@@ -326,7 +326,7 @@ print(json.dumps({
 
 @pytest.mark.cuda
 @pytest.mark.alone
-@pytest.mark.parametrize(("rows", "context"), [(1, 2048), (4, 1024)])
+@pytest.mark.parametrize(("rows", "context"), [(1, 2048), (4, 1024), (32, 512)])
 def test_on_a_gpu_the_promise_is_kept(rows, context, tmp_path):
     expertflow_quant.quantize_model(SHIPPED, tmp_path / "out", method="rtn", plan="int4-g32")
     found = told_by(CHECKED, tmp_path / "out", rows, context)

@@ -115,7 +115,7 @@ class DecodePass:
         if ahead.streams is None:
             ahead.foretold.begin(self._tokens, self._active)
             return
-        choosing, _ = ahead.streams
+        choosing = ahead.streams.choosing
         choosing.wait_stream(torch.cuda.current_stream())
         self._forked.add(choosing)
         with torch.cuda.stream(choosing):
@@ -125,11 +125,11 @@ class DecodePass:
         ahead = self._ahead
         if ahead is None or layer >= len(self._gates) or self._resident.all_resident(layer):
             return
-        if ahead.streams is None:
+        if (streams := ahead.streams) is None:
             if (ids := self._guessed(ahead, layer, hidden)) is not None:
                 self._resident.prefetch(layer, ids)
             return
-        choosing, filling = ahead.streams
+        choosing, fills = streams.choosing, len(streams.filling)
         choosing.wait_stream(torch.cuda.current_stream())
         self._forked.add(choosing)
         with torch.cuda.stream(choosing):
@@ -138,10 +138,11 @@ class DecodePass:
             self._resident.choose(layer, ids)
         if hidden is not None:
             hidden.record_stream(choosing)  # its memory must not be another tensor's before the guess is made
+        filling = streams.filling[layer % fills]
         filling.wait_stream(choosing)
         self._forked.add(filling)
         with torch.cuda.stream(filling):
-            self._resident.fill(layer, ahead=True)
+            self._resident.fill(layer, fills)
             self._filled[layer] = filling.record_event()
 
     def _guessed(self, ahead: LookAhead, layer: int, hidden: Tensor | None) -> Tensor | None:

@@ -26,11 +26,11 @@ def make(nbytes, device):
     return rows, host, slots
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_only_what_is_on_the_list_is_copied(count, device):
+@pytest.mark.parametrize(("count", "ahead"), [(0, 0), (1, 0), (3, 0), (3, 1), (3, 2), (3, 99)])
+def test_only_what_is_on_the_list_is_copied(count, ahead, device):
     rows, host, slots = make([1024, 256, 768, 512], device)
     rows.todo_count[0] = count
-    fill(rows)
+    fill(rows, ahead)
     for entry, (record, slot) in enumerate(zip(host, slots, strict=True)):
         assert torch.equal(slot.cpu(), record if entry < count else torch.zeros_like(record))
 

@@ -208,7 +208,7 @@ def test_a_step_that_is_not_captured_never_waits_either(engine, items):
             torch.testing.assert_close(got, want, rtol=0, atol=5e-4)
 
 
-@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("distance", [1, 2, 4])
 @pytest.mark.parametrize("guess", ["right", "wrong"])
 def test_a_look_ahead_only_moves_bytes_early(guess, distance, engine, items):
     options = FastOptions(rows=1, room=ROOM)

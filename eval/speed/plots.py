@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from eval.plots import STYLE, color_of, save
 from eval.report import make_console
@@ -138,6 +138,10 @@ def _dots(
         axes.annotate(number(value), (value, row), (0, 6), textcoords="offset points", fontsize=7.5, ha="center")
     axes.set_xscale("log")
     axes.set_xlim(min(*values, *at_bound) / 2, max(*values, *at_bound) * 2)
+    # most axes are narrower than a decade, where the powers of ten alone would leave them without a label
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _name_rows(axes, figures)
 
 

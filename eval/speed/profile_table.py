@@ -35,8 +35,11 @@ def profile_tables(results: Mapping[str, Any]) -> tuple[Table, ...]:
     first.caption = (
         "link bound: the bytes it moved at the link's rate; link: while a fill runs, others: any other kernel"
     )
-    first.caption_justify = "left"
-    return first, cells_table("kernels of a step in ms (how many)", (*HEAD, *KERNELS), kernels)
+    second = cells_table("kernels of a step in ms (how many)", (*HEAD, *KERNELS), kernels)
+    second.caption = "added up: kernels that ran at the same time, two fills ahead among them, count as many times"
+    for table in (first, second):
+        table.caption_justify = "left"
+    return first, second
 
 
 def refusals(results: Mapping[str, Any]) -> list[str]:

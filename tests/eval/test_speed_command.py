@@ -138,6 +138,11 @@ def test_plots_are_drawn_with_the_run_and_again_from_its_file(run):
     assert len(first) > 20_000
     picture.unlink()
     assert CliRunner().invoke(plots.app, [str(out)]).exit_code == 0
+    figure = plots.speed_figure(json.loads(out.read_text()))
+    figure.canvas.draw()
+    for axes in figure.axes:  # on narrow logarithmic axes too
+        labels = [tick.get_text() for tick in axes.get_xticklabels(which="both") if tick.get_text()]
+        assert len([float(each.rstrip("%").replace("\N{MINUS SIGN}", "-")) for each in labels]) >= 2
     assert picture.read_bytes() == first
     other = out.with_name("other.json")
     other.write_text("{}")

@@ -22,8 +22,9 @@ class Todo(Protocol):
 
 
 def fill(todo: Todo, ahead: int = 0) -> None:
-    """Copy every record on the list to where it goes. ``ahead``: before it is needed, as one of so many fills at once;
-    together they leave the larger part of the link to whatever else reads host memory meanwhile.
+    """Copy every record on the list to where it goes. ``ahead``: 0 where the records are waited for;
+    before they are, how many such fills run at once: together they leave the larger part of the link to those waited
+    for.
 
     On a GPU one launch of few programs, which read pinned host memory through the link and leave the other
     processors to the products.

@@ -23,20 +23,21 @@ are not looked at, None is no guess. Runs on a side stream of a captured step.""
 
 FILLS = 2
 """Layers whose records arrive at once, where guesses reach that far: a fill by itself leaves the link idle as it begins
-and as it ends. Measured on an H200, ms a step told what will be routed: 5.44 with one, 5.32 with two, 5.41 with three,
-which share their programs (eval/results/speed.md)."""
+and as it ends. Measured on an H200, ms a step told what will be routed: one with 16 programs 5.44, two with 8 each
+5.32, three with 6 each 5.41 (eval/results/speed.md)."""
 
 
 @dataclass(frozen=True)
 class Streams:
     """Those beside a step's own: ``choosing`` deals out the slots of a layer while the records of layers before it
-    still arrive, on those of ``filling`` in turn."""
+    still arrive, on those of ``filling`` by the layer's number in turn."""
 
     choosing: torch.cuda.Stream
     filling: tuple[torch.cuda.Stream, ...]
 
     @classmethod
     def on(cls, device: torch.device, fills: int) -> "Streams":
+        """For ``fills``, at least one, fills at once on a GPU."""
         choosing, *filling = (torch.cuda.Stream(device) for _ in range(1 + fills))  # type: ignore[no-untyped-call]
         return cls(choosing, tuple(filling))
 
@@ -44,7 +45,7 @@ class Streams:
 class LookAhead:
     """Guesses for MoE layer ``l`` are made when layer ``l - distance`` has its hidden states, for the first
     ``distance`` layers when the step begins. ``foretold``: reads prompts, and makes the guesses of a step as it
-    begins."""
+    begins. On a GPU with ``streams``, elsewhere None. Raises ExpertFlowError for a distance below one."""
 
     def __init__(self, guess: Guess, distance: int, device: torch.device, foretold: Foretold | None = None) -> None:
         if distance < 1:

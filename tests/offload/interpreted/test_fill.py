@@ -46,3 +46,20 @@ def test_any_number_of_programs_and_any_block_copies_everything(programs, block,
     )
     for record, slot in zip(host, slots, strict=True):
         assert torch.equal(slot.cpu(), record)
+
+
+@pytest.mark.parametrize(("ahead", "programs"), [(0, 64), (1, 16), (2, 8), (3, 5), (99, 1)])
+def test_fills_ahead_share_the_programs_of_one(ahead, programs, monkeypatch):
+    from expertflow_quant.offload import fill_kernel
+
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **named: None
+
+    monkeypatch.setattr(fill_kernel, "_fill", Kernel())
+    rows, _, _ = make([256], "cpu")
+    fill_kernel.launch_fill(rows.todo_src, rows.todo_dst, rows.todo_nbytes, rows.todo_count, ahead)
+    assert grids == [(programs,)]

@@ -1,7 +1,5 @@
 """Looking ahead by the next routers: the same tokens, bytes moved early, and guesses that are those routers' own."""
 
-import contextlib
-
 import pytest
 import torch
 from helpers.fast import CONVERSATIONS, load_fast, rebuilt
@@ -11,7 +9,7 @@ from expertflow_quant.formats import ExpertFlowError
 from expertflow_quant.models.seams import find_router
 from expertflow_quant.runtime.experts import attached
 from expertflow_quant.runtime.fast.build import FastOptions
-from expertflow_quant.runtime.fast.lookahead import LookAhead, Streams, next_gate
+from expertflow_quant.runtime.fast.lookahead import LookAhead, next_gate
 from expertflow_quant.runtime.fast.probe import FastPathError
 
 FAMILY = "qwen3_moe"
@@ -65,46 +63,6 @@ def test_a_guess_for_more_rows_than_a_step_has_is_cut(folder_of):
         assert decode._guessed(decode._ahead, 0, None).tolist() == everyone[:bucket].tolist()
         with torch.inference_mode():
             runner.graphs.step(bucket)
-
-
-class Stream:
-    """Says whom it waited for."""
-
-    def __init__(self):
-        self.waited = []
-
-    def wait_stream(self, other):
-        self.waited.append(other)
-
-    def record_event(self):
-        return self
-
-
-@pytest.mark.parametrize("memory", ["100%", "60%"])
-def test_side_streams_join_if_they_had_work(memory, folder_of, monkeypatch):
-    options = FastOptions(rows=1, room=160, look_ahead="next-gate", look_ahead_layers=2)
-    engine = expertflow_quant.load(folder_of(FAMILY), memory, fast=True, options=options)
-    decode, main, filling = engine.runner.graphs._passes[1], Stream(), (Stream(), Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    decode._ahead.streams = Streams(Stream(), filling)
-    one = torch.zeros(1, 2, dtype=torch.int64)
-    for guessed in (), (0,), (1,), (0, 1):
-        decode._ahead.guess = lambda layer, hidden, some=guessed: one if layer in some else None
-        main.waited.clear()
-        decode.begin()
-        decode.end()
-        # a layer's records arrive beside those of the next; with all resident there is nothing to guess for
-        worked = set() if memory == "100%" else {decode._ahead.streams.choosing, *(filling[each] for each in guessed)}
-        assert set(main.waited) == worked
-        assert decode._filled == ({} if memory == "100%" else {each: filling[each] for each in guessed})
-
-
-def test_as_many_layers_arrive_at_once_as_guesses_reach(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
-    for distance, fills in ((1, 1), (2, 2), (8, 2)):
-        streams = LookAhead(lambda layer, hidden: None, distance, torch.device("cuda")).streams
-        assert len({streams.choosing, *streams.filling}) == 1 + len(streams.filling) == 1 + fills
 
 
 def test_bad_settings_are_refused(folder_of):

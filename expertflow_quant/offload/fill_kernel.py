@@ -8,8 +8,8 @@ from torch import Tensor
 PROGRAMS, BLOCK = 64, 4096
 """Programs, and int32 words that each has under way: enough to saturate a PCIe 5 link."""
 
-AHEAD_PROGRAMS, AHEAD_BLOCK = 16, 4096
-"""The same of all fills ahead at once, beside products and fills that are waited for: whoever has more under way gets
+AHEAD_PROGRAMS = 16
+"""Those of all fills ahead at once, beside products and fills that are waited for: whoever has more under way gets
 more of the link. Measured on an H200, a predictor's guesses eight layers ahead: two fills with 8 programs each 5.94 ms
 a step, with 12 6.02 (eval/results/speed.md)."""
 
@@ -24,12 +24,11 @@ def launch_fill(
     count: Tensor,
     ahead: int = 0,
     programs: int | None = None,
-    block: int | None = None,
+    block: int = BLOCK,
     num_warps: int = WARPS,
 ) -> None:
     """``fill.fill`` in one launch."""
     programs = programs or (max(1, AHEAD_PROGRAMS // ahead) if ahead else PROGRAMS)
-    block = block or (AHEAD_BLOCK if ahead else BLOCK)
     _fill[(programs,)](src, dst, nbytes, count, BLOCK=block, num_warps=num_warps)
 
 

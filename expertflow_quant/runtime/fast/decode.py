@@ -5,8 +5,8 @@ are filled in by another, and the products read whatever address they are given.
 that are not active write into their own KV row only and touch no expert.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -115,10 +115,7 @@ class DecodePass:
         if ahead.streams is None:
             ahead.foretold.begin(self._tokens, self._active)
             return
-        choosing = ahead.streams.choosing
-        choosing.wait_stream(torch.cuda.current_stream())
-        self._forked.add(choosing)
-        with torch.cuda.stream(choosing):
+        with self._beside(ahead.streams.choosing, torch.cuda.current_stream()):
             ahead.foretold.begin(self._tokens, self._active)
 
     def _prefetch(self, layer: int, hidden: Tensor | None) -> None:
@@ -130,20 +127,24 @@ class DecodePass:
                 self._resident.prefetch(layer, ids)
             return
         choosing, fills = streams.choosing, len(streams.filling)
-        choosing.wait_stream(torch.cuda.current_stream())
-        self._forked.add(choosing)
-        with torch.cuda.stream(choosing):
+        with self._beside(choosing, torch.cuda.current_stream()):
             if (ids := self._guessed(ahead, layer, hidden)) is None:
                 return
             self._resident.choose(layer, ids)
         if hidden is not None:
             hidden.record_stream(choosing)  # its memory must not be another tensor's before the guess is made
         filling = streams.filling[layer % fills]
-        filling.wait_stream(choosing)
-        self._forked.add(filling)
-        with torch.cuda.stream(filling):
+        with self._beside(filling, choosing):
             self._resident.fill(layer, fills)
             self._filled[layer] = filling.record_event()
+
+    @contextmanager
+    def _beside(self, stream: torch.cuda.Stream, after: torch.cuda.Stream) -> Iterator[None]:
+        """On a side stream once ``after`` has done what it was given so far; ``end`` joins it."""
+        stream.wait_stream(after)
+        self._forked.add(stream)
+        with torch.cuda.stream(stream):
+            yield
 
     def _guessed(self, ahead: LookAhead, layer: int, hidden: Tensor | None) -> Tensor | None:
         ids = ahead.guess(layer, hidden)

@@ -1,6 +1,7 @@
 """Who waits for whom in a step that looks ahead on a GPU, told by streams that only write it down."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from expertflow_quant.offload.resident import ResidentExperts
 from expertflow_quant.runtime.fast.build import FastOptions
 from expertflow_quant.runtime.fast.lookahead import LookAhead, Streams
 
-LAYERS, ONE = 2, torch.zeros(1, 2, dtype=torch.int64)
+ONE = torch.zeros(1, 2, dtype=torch.int64)
 
 
 class Stream:
@@ -54,8 +55,7 @@ def streams(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
-    kept = lambda tensor, stream: log.append(f"{stream.name}: keeps hidden states")  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "record_stream", kept)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, on: log.append(f"{on.name}: keeps hidden states"))
     for name in ("choose", "resolve", "fill"):
         logged(name)
 
@@ -66,11 +66,11 @@ def streams(monkeypatch):
     return log, Streams(Stream("choosing", log), (Stream("fill 0", log), Stream("fill 1", log)))
 
 
-def stepped(folder_of, streams, distance, guessed, memory="60%"):
+def stepped(folder_of, streams, distance, guessed, memory="60%", foretold=None):
     """The log of a step that looks ``distance`` layers ahead, with guesses for the layers ``guessed``."""
     log, side = streams
     engine = load_fast(folder_of("qwen3_moe"), memory, rows=1)
-    ahead = LookAhead(lambda layer, hidden: ONE if layer in guessed else None, distance, engine.device)
+    ahead = LookAhead(lambda layer, hidden: ONE if layer in guessed else None, distance, engine.device, foretold)
     runner = rebuilt(engine, memory, FastOptions(rows=1, room=160), make_ahead=lambda *_: ahead)
     runner.graphs.active[:1] = True
     ahead.streams = side
@@ -99,6 +99,15 @@ def test_records_of_two_layers_arrive_at_once_and_each_layer_waits_for_its_own(f
     after = len(begun)
     assert log[after : after + 6] == [*routed(0), *routed(1)]
     assert sorted(log[after + 6 :]) == ["main: after choosing", "main: after fill 0", "main: after fill 1"]
+
+
+def test_a_predictor_guesses_before_slots_are_chosen(folder_of, streams):
+    log, _ = streams
+    foretold = SimpleNamespace(begin=lambda tokens, active: log.append(f"{torch.cuda.current_stream().name}: guess"))
+    stepped(folder_of, streams, 2, (1,), foretold=foretold)
+    assert log[:2] == ["choosing: after main", "choosing: guess"]
+    assert log.index("choosing: choose 1") > 1
+    assert log.count("choosing: guess") == 1
 
 
 def test_hidden_states_are_kept_until_the_guess_from_them_is_made(folder_of, streams):
